@@ -1,0 +1,1 @@
+"""Batch normalization: exact statistics, drop-in layers, and the paper's claims measured."""

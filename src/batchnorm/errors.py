@@ -1,0 +1,23 @@
+"""The errors and warnings that batchnorm raises, each with the built-in class that callers already catch."""
+
+from __future__ import annotations
+
+
+class BatchNormError(Exception):
+    """Base of every error that this library raises on purpose."""
+
+
+class ShapeError(BatchNormError, ValueError):
+    """A tensor has the wrong rank, the wrong size, or too few values for a variance."""
+
+
+class DtypeError(BatchNormError, TypeError):
+    """A tensor has a dtype that cannot be normalised, or two dtypes do not go together."""
+
+
+class ArgumentError(BatchNormError, ValueError):
+    """An argument that is no tensor is out of its range."""
+
+
+class StatisticsWarning(UserWarning):
+    """Something kept a batch out of the running statistics."""
