@@ -1,0 +1,1 @@
+"""The look that every report shares: figures and pages."""
