@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+from cycler import cycler
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -84,8 +85,8 @@ def look() -> Iterator[None]:
 
     Matplotlib reads most of its settings when a line or an axis is made, so the whole of a drawing belongs inside.
     """
-    cycle = mpl.cycler(color=PALETTE) + mpl.cycler(linestyle=DASHES)
-    with mpl.rc_context({**_LOOK, "axes.prop_cycle": cycle}):
+    settings: Any = {**_LOOK, "axes.prop_cycle": cycler(color=PALETTE) + cycler(linestyle=DASHES)}
+    with mpl.rc_context(settings):
         yield
 
 
@@ -119,12 +120,12 @@ def legend(axes: "Axes", *, columns: int = 3) -> None:
     """
     handles, labels = axes.get_legend_handles_labels()
     rows = -(-len(labels) // columns)
-    axes.set_title(axes.get_title(loc="left"), pad=6 + 15 * rows)
+    axes.set_title(axes.get_title(loc="left"), pad=9 + 14 * rows)
     axes.legend(
         handles,
         labels,
         loc="lower left",
-        bbox_to_anchor=(-0.02, 0.985),
+        bbox_to_anchor=(-0.02, 1.01),
         ncols=columns,
         borderaxespad=0.0,
         borderpad=0.2,
@@ -140,7 +141,7 @@ def log_axis(axis: "Axis") -> None:
     Args:
         axis: `axes.xaxis` or `axes.yaxis`.
     """
-    scale = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale
+    scale = axis.axes.set_xscale if axis is axis.axes.xaxis else axis.axes.set_yscale
     scale("log")
     axis.set_major_locator(LogLocator(numticks=7))
     axis.set_major_formatter(FuncFormatter(lambda value, _: power_of_ten(value)))
