@@ -1,0 +1,1 @@
+"""The lab: claims about batch normalization, trained, measured and judged on real data."""
