@@ -1,11 +1,11 @@
 """What a claim is: a module with a card, jobs, measures, a verdict and a figure; and the data that pass between them.
 
-CARD               what is claimed, by whom, and from which numbers on it counts as shown
-jobs(seeds, tier)  the runs that it needs
-run(job)           trains them: a record a run (most claims take `batchnorm.lab.train.train` as it is)
-measure(records)   numbers with intervals; never trains
-judge(measures)    the verdict, by thresholds that stand as constants at the top of the module
-figure(...)        what one should see
+- CARD: what is claimed, by whom, and from which numbers on it counts as shown.
+- jobs(seeds, tier): the runs that it needs.
+- run(job): trains them, a record a run (most claims take `batchnorm.lab.train.train` as it is).
+- measure(records): numbers with intervals; never trains.
+- judge(measures): the verdict, by thresholds that stand as constants at the top of the module.
+- figure(records, measures): what one should see.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
-from .config import Job, Tier
+from batchnorm.lab.config import Job, Tier
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,7 +90,7 @@ class Verdict:
 
 
 class Claim(Protocol):
-    """The module of a claim. (A module satisfies a Protocol by having these names.)"""
+    """The module of a claim: it satisfies the protocol by having these names."""
 
     @property
     def CARD(self) -> Card:  # noqa: N802 - a constant of the module

@@ -9,8 +9,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ArgumentError
-from .config import Data, Inputs
+from batchnorm.errors import ArgumentError
+from batchnorm.lab.config import Data, Inputs
 
 _WINE_SHUFFLE_SEED = 0
 _DIGITS_TRAIN, _DIGITS_VALIDATION = 1000, 300
@@ -131,17 +131,17 @@ def _prepare(x: NDArray[np.float64], train: NDArray[np.float64], inputs: Inputs)
     if inputs == "raw":
         return x
     if inputs == "unit":
-        return x / train.max()
+        return np.asarray(x / train.max())
     if inputs == "binarised":
         return np.asarray(x >= train.max() / 2, dtype=np.float64)
     centred = x - train.mean(axis=0)
     std = train.std(axis=0)
-    standardised = np.divide(centred, std, out=np.zeros_like(centred), where=std > 0)
+    standardised = centred / np.where(std > 0, std, 1.0)
     if inputs == "standardised":
-        return standardised
+        return np.asarray(standardised)
     if inputs == "whitened":
-        fitted = np.divide(train - train.mean(axis=0), std, out=np.zeros_like(train), where=std > 0)
+        fitted = (train - train.mean(axis=0)) / np.where(std > 0, std, 1.0)
         values, vectors = np.linalg.eigh(fitted.T @ fitted / len(fitted))
         kept = values > values.max() * 1e-10
-        return standardised @ (vectors[:, kept] / np.sqrt(values[kept]))
+        return np.asarray(standardised @ (vectors[:, kept] / np.sqrt(values[kept])))
     raise ArgumentError(f"expected inputs raw, unit, binarised, standardised or whitened, got {inputs!r}")

@@ -28,9 +28,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..errors import ArgumentError
-from .claim import Record
-from .config import Run
+from batchnorm.errors import ArgumentError
+from batchnorm.lab.claim import Record
+from batchnorm.lab.config import Run
 
 RECORDS = "records.jsonl"
 _HEADER = {"format": "batchnorm study", "schema": 1}
@@ -183,9 +183,7 @@ def _refuse_foreign(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ArgumentError(
-            f"expected a folder for the study's output, got the file {str(folder)!r}; name another path"
-        )
+        raise ArgumentError(f"expected a folder for the output, got the file {str(folder)!r}; name another path")
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return

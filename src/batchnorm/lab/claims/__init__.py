@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..claim import Claim
+from batchnorm.lab.claim import Claim
 
 CLAIMS: tuple[Claim, ...] = ()
 
