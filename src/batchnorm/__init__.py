@@ -1,1 +1,42 @@
-"""Batch normalization: exact statistics, drop-in layers, and the paper's claims measured."""
+"""Batch normalization: exact statistics, drop-in layers, and the paper's claims measured on real data.
+
+The public names are below; each is loaded when it is first used, so that importing batchnorm imports no framework.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from batchnorm.functional import batch_norm as batch_norm
+    from batchnorm.layers.batch_norm import BatchNorm as BatchNorm
+    from batchnorm.layers.batch_norm import BatchNorm1d as BatchNorm1d
+    from batchnorm.layers.batch_norm import BatchNorm2d as BatchNorm2d
+    from batchnorm.layers.batch_norm import BatchNorm3d as BatchNorm3d
+    from batchnorm.layers.feature import FeatureNormalization as FeatureNormalization
+    from batchnorm.stats.moments import Moments as Moments
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "batch_norm": "batchnorm.functional",
+    "BatchNorm": "batchnorm.layers.batch_norm",
+    "BatchNorm1d": "batchnorm.layers.batch_norm",
+    "BatchNorm2d": "batchnorm.layers.batch_norm",
+    "BatchNorm3d": "batchnorm.layers.batch_norm",
+    "FeatureNormalization": "batchnorm.layers.feature",
+    "Moments": "batchnorm.stats.moments",
+}
+
+__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FeatureNormalization", "Moments", "batch_norm"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'batchnorm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

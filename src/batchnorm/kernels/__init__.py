@@ -1,0 +1,1 @@
+"""The kernel contract and its backends."""

@@ -1,0 +1,1 @@
+"""Normalization layers for PyTorch, one class a file."""

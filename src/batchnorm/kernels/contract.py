@@ -1,0 +1,88 @@
+"""What a backend is: four functions on one view of the activations, (N, C, L).
+
+The view may have any strides. Channels-last activations are an (N, C, L) view whose channel stride is 1, and (M, C)
+is L = 1, so that one shape serves all of them and a backend looks at the strides to choose a fast path.
+
+The cut between `stats` and `apply`, and between `backward_reduce` and `backward_apply`, is where statistics of
+several ranks or ghost batches join.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+
+from batchnorm.stats.moments import Moments
+from batchnorm.stats.running import Running
+
+if TYPE_CHECKING:
+    import torch
+
+Activation = Literal["relu", "leaky_relu", "silu", "gelu", "sigmoid", "tanh"]
+
+Statistics: TypeAlias = Moments | Running
+"""What x is normalised with: a batch's Moments, or running statistics, which have no count."""
+
+
+class Affine(NamedTuple):
+    """What is done to x - mean: y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual)."""
+
+    weight: torch.Tensor | None
+    """(C,), the float dtype of x or float32; None is 1."""
+    bias: torch.Tensor | None
+    """(C,), likewise; None is 0."""
+    eps: float
+    activation: Activation | None
+
+
+class BackwardSums(NamedTuple):
+    """The two sums of a channel in the closed form of backward; they are the gradients of bias and weight too."""
+
+    dz: torch.Tensor
+    """(C,): sum of dz, the gradient before the activation."""
+    dz_xhat: torch.Tensor
+    """(C,): sum of dz * x_hat."""
+
+
+class Backend(Protocol):
+    """The kernel contract.
+
+    x, y, dy, dx and residual are (N, C, L), any strides, one float dtype; arithmetic is at least float32.
+    """
+
+    def stats(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
+        """Moments of each channel, (C,), over the positions where mask, (N, 1, L) bool, is True."""
+        ...
+
+    def apply(
+        self, x: torch.Tensor, statistics: Statistics, affine: Affine, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """activation((x - mean) * inv_std * weight + bias + residual), dtype and strides of x."""
+        ...
+
+    def backward_reduce(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        statistics: Statistics,
+        affine: Affine,
+        residual: torch.Tensor | None = None,
+    ) -> BackwardSums:
+        """The two sums over N and L, at least float32."""
+        ...
+
+    def backward_apply(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        statistics: Statistics,
+        affine: Affine,
+        residual: torch.Tensor | None = None,
+        *,
+        sums: BackwardSums | None,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """dx and dresidual (None without a residual); with sums=None the statistics are constants, as at inference.
+
+        dx = weight * inv_std * (dz - mask / count * (sums.dz + x_hat * sums.dz_xhat)), dresidual = dz.
+        """
+        ...

@@ -1,0 +1,241 @@
+"""BatchNorm for any rank and channel axis, and BatchNorm1d, 2d, 3d that stand in for torch.nn's."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Proxy
+
+from batchnorm.errors import ArgumentError, ShapeError, StatisticsWarning
+from batchnorm.functional import batch_norm, check_activation
+from batchnorm.kernels.contract import Activation
+from batchnorm.kernels.reference import activate
+from batchnorm.layers.commit import Buffers, commit, is_recomputed
+from batchnorm.stats.moments import Moments
+from batchnorm.stats.running import Running
+
+
+class BatchNorm(torch.nn.modules.batchnorm._NormBase):
+    """Batch normalization of activations of any rank, with the channels on any axis or on several.
+
+    Training: y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual) with the batch's mean and biased
+        variance, which also enter the running statistics. Evaluation: with the running statistics. Parameters,
+        buffers and state_dict are those of torch.nn's BatchNorm layers.
+
+    Args:
+        num_features: number of channels, C; for several channel axes the tuple of their sizes, in ascending order of
+            the axes.
+        eps: added to the variance; unit of the input, squared.
+        momentum: weight of the NEW batch in the running statistics; None keeps the plain average over all batches.
+        affine: whether there are weight (gamma) and bias (beta).
+        track_running_stats: whether there are running statistics; without them evaluation uses the batch's too.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers; running statistics are float32 at least, so that they do not stall.
+        bias: whether there is a beta where `affine` is on.
+        activation: fused into the layer: "relu", "leaky_relu", "silu", "gelu", "sigmoid", "tanh" or None.
+        channel_axis: the axis of the channels, or a tuple of axes.
+
+    Attributes:
+        weight: (C,), or the tuple's shape; None without affine.
+        bias: likewise; None without affine or with bias=False.
+        running_mean: likewise, float32 or float64; None without track_running_stats.
+        running_var: likewise; unbiased variance.
+        num_batches_tracked: scalar int64, batches that entered the statistics.
+
+    Example:
+        >>> layer = BatchNorm(8, channel_axis=-1)
+        >>> layer(torch.randn(4, 10, 8)).shape
+        torch.Size([4, 10, 8])
+        >>> stack = BatchNorm((3, 8), channel_axis=(0, 2))  # three networks in one tensor, (3, N, 8)
+        >>> stack(torch.randn(3, 16, 8)).shape, stack.running_mean.shape
+        (torch.Size([3, 16, 8]), torch.Size([3, 8]))
+
+    Source: Ioffe & Szegedy 2015, Alg. 1 and 2. Where we differ from torch.nn on purpose: docs/conventions.md.
+    """
+
+    ranks: ClassVar[tuple[int, ...] | None] = None
+    num_features: int | tuple[int, ...]  # type: ignore[assignment]
+    channel_axis: int | tuple[int, ...]
+    activation: Activation | None
+
+    def __init__(
+        self,
+        num_features: int | tuple[int, ...],
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: Activation | None = None,
+        channel_axis: int | tuple[int, ...] = 1,
+    ) -> None:
+        check_activation(activation)
+        if isinstance(channel_axis, tuple) != isinstance(num_features, tuple):
+            raise ArgumentError(
+                "num_features and channel_axis must both be ints or both be tuples (one size for each axis), "
+                f"got {num_features} and {channel_axis}."
+            )
+        super().__init__(
+            cast(int, num_features), eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        self.activation = activation
+        self.channel_axis = channel_axis
+        if not bias:  # set here and not passed on: older versions of torch do not know the argument
+            self.register_parameter("bias", None)
+        self._has_warned = False
+        self._keep_statistics_wide()
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+        """Activation(BN(input) + residual).
+
+        Args:
+            input: activations, (N, C, ...) with the channels on `channel_axis`, float.
+            residual: shape and dtype of the input; added before the activation.
+            mask: bool, True = counts in the statistics; the input's shape without its channel axes, or broadcastable
+                to it.
+
+        Returns:
+            Shape, dtype and memory format of the input.
+
+        Raises:
+            ShapeError: wrong rank or number of channels, a mask that does not fit, or one value a channel in training.
+            DtypeError: the input is no float tensor, or its dtype does not go with the parameters'.
+        """
+        if isinstance(input, Proxy):
+            return self._record_as_one_node(input, residual, mask)
+        if not _is_traced():  # there sizes are tensors, and looking at one warns
+            self._check_input_dim(input)
+        uses_batch = self.training or (self.running_mean is None and self.running_var is None)
+        if not uses_batch and self._is_exported():
+            return self._as_one_operator(input, residual)
+        running = None if uses_batch else Running(self.running_mean, self.running_var)
+        y, moments = batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            moments=running,
+            eps=self.eps,
+            channel_axis=self.channel_axis,
+            mask=mask,
+            activation=self.activation,
+            residual=residual,
+        )
+        if self.training and self.track_running_stats:
+            self._commit(cast(Moments, moments))
+        return y
+
+    def _commit(self, batch: Moments) -> None:
+        """Takes a batch into the running statistics: the one place in which the layer's state changes."""
+        if self.running_mean is None or self.running_var is None or is_recomputed():
+            return
+        buffers = Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
+        if not commit(buffers, batch, self.momentum) and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self!r} met a batch whose mean or variance is not finite (NaN or infinity in its input): "
+                "the running statistics stay as they were. This is said once for each layer.",
+                StatisticsWarning,
+                stacklevel=3,
+            )
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if self.ranks is not None and input.dim() not in self.ranks:
+            expected = " or ".join(f"{rank}D" for rank in self.ranks)
+            raise ShapeError(
+                f"{type(self).__name__} expected {expected} input, (N, C, ...) (got {input.dim()}D input of shape "
+                f"{tuple(input.shape)}). Use BatchNorm1d for (N, C) and (N, C, L), BatchNorm2d for (N, C, H, W), "
+                "BatchNorm3d for (N, C, D, H, W), BatchNorm for any rank and channel axis."
+            )
+        axes = self.channel_axis if isinstance(self.channel_axis, tuple) else (self.channel_axis,)
+        expected_sizes = self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
+        if any(not -input.dim() <= axis < input.dim() for axis in axes):
+            raise ShapeError(
+                f"{type(self).__name__} has its channels on axis {self.channel_axis}, which an input of shape "
+                f"{tuple(input.shape)} does not have."
+            )
+        sizes = tuple(input.shape[axis] for axis in sorted(axis % input.dim() for axis in axes))
+        if sizes != expected_sizes:
+            raise ShapeError(
+                f"{type(self).__name__} expected {self.num_features} channels on axis {self.channel_axis}, got "
+                f"{sizes if len(sizes) > 1 else sizes[0]} (input of shape {tuple(input.shape)}): make the layer with "
+                "num_features of that size, or check the order of the input's axes."
+            )
+
+    def _record_as_one_node(self, input: Any, residual: Any, mask: Any) -> Any:
+        """torch.fx keeps torch.nn's layers whole when it traces a network; ours stay whole the same way."""
+        args = (input,) if residual is None else (input, residual)
+        kwargs = {} if mask is None else {"mask": mask}
+        path = input.tracer.path_of_module(self)
+        return input.tracer.create_proxy("call_module", path, args, kwargs)
+
+    def _is_exported(self) -> bool:
+        # torch.compiler.is_exporting came with torch 2.7.
+        is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+        return self.channel_axis == 1 and (is_exporting() or _is_traced())
+
+    def _as_one_operator(self, input: Tensor, residual: Tensor | None) -> Tensor:
+        """Inference by torch's operator, which exporters, folding passes and quantizers know by name."""
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        if weight is not None and mean is not None and weight.dtype != mean.dtype:
+            # torch takes parameters and statistics of one dtype only, and ours stay float32 in a module of half precision.
+            weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)  # type: ignore[assignment]
+        z = F.batch_norm(input, mean, var, weight, bias, training=False, eps=self.eps)
+        return activate(z if residual is None else z + residual, self.activation)
+
+    def _keep_statistics_wide(self, before: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
+        """Running statistics of half precision stall: a bfloat16 mean cannot take a step below 1/256 of its value."""
+        for name, old in zip(("running_mean", "running_var"), before, strict=True):
+            now = getattr(self, name)
+            if now is not None and now.dtype in (torch.bfloat16, torch.float16):
+                source = now if old is None or old.dtype == now.dtype else old
+                setattr(self, name, source.to(device=now.device, dtype=torch.float32))
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BatchNorm:
+        before = (self.running_mean, self.running_var)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._keep_statistics_wide(before)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._keep_statistics_wide()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("_has_warned", False)
+
+    def extra_repr(self) -> str:
+        """What repr() shows between the parentheses: torch.nn's part, and ours where it is not the default."""
+        ours = {"channel_axis": (self.channel_axis, 1), "activation": (self.activation, None)}
+        added = [f"{name}={value!r}" for name, (value, default) in ours.items() if value != default]
+        return ", ".join([super().extra_repr(), *added])  # type: ignore[no-untyped-call]
+
+
+class BatchNorm1d(BatchNorm, torch.nn.BatchNorm1d):
+    """Stands in for torch.nn.BatchNorm1d: (N, C) or (N, C, L); `activation`, `residual` and `mask` come with it."""
+
+    ranks = (2, 3)
+
+
+class BatchNorm2d(BatchNorm, torch.nn.BatchNorm2d):
+    """Stands in for torch.nn.BatchNorm2d: (N, C, H, W); `activation`, `residual` and `mask` come with it."""
+
+    ranks = (4,)
+
+
+class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
+    """Stands in for torch.nn.BatchNorm3d: (N, C, D, H, W); `activation`, `residual` and `mask` come with it."""
+
+    ranks = (5,)
+
+
+def _is_traced() -> bool:
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
