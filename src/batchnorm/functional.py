@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import math
+from dataclasses import dataclass
+from typing import Any, cast, get_args
 
 import torch
 import torch.utils._pytree
@@ -10,9 +12,11 @@ from torch.autograd import forward_ad
 
 from batchnorm.errors import ArgumentError, DtypeError, ShapeError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Activation, Affine, Statistics
+from batchnorm.kernels.contract import Activation, Affine, Backend, Statistics
+from batchnorm.kernels.dispatch import backend_for
 from batchnorm.kernels.view import View
 from batchnorm.stats.moments import Moments
+from batchnorm.stats.running import Running
 
 # torch.func, torch.export and DataParallel take results apart with torch's pytree, which does not know our dataclass
 # by itself.
@@ -83,43 +87,49 @@ def batch_norm(
     _check_channels("bias", bias, view, x)
     _check_residual(residual, x)
     _check_mask_dtype(mask)
+    if moments is not None:
+        _check_moments(moments, view)
+    if _must_look_inside() or (moments is not None and _answers_to_gradient(moments)):
+        return _by_operations(x, weight, bias, residual, mask, moments, view, eps, activation)
+    if mask is not None and moments is None:
+        mask = view.fold_mask(mask)
+        x = _without_padding(x, mask, view)
+    work = _Work(view, backend_for(x), None if moments is not None else mask, moments, eps, activation)
+    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
+        y = _Normalise.apply(x, weight, bias, residual, work)  # type: ignore[no-untyped-call]
+    else:
+        y = work.forward(x, weight, bias, residual)
+    return y, work.used
+
+
+def _by_operations(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    moments: Statistics | None,
+    view: View,
+    eps: float,
+    activation: Activation | None,
+) -> tuple[torch.Tensor, Statistics]:
+    """By the reference's own operations, for whoever transforms these: a compiler, torch.func, forward-mode autograd."""
     affine = Affine(_flat(weight), _flat(bias), eps, activation)
     x3 = view.fold(x)
     residual3 = None if residual is None else view.fold(residual)
-    mask3 = None if mask is None else view.fold_mask(mask)
     if moments is not None:
-        _check_moments(moments, view)
-        y3 = _normalise(x3, residual3, _reshaped(moments, (-1,)), affine)
-        return view.unfold(y3), moments
+        y = reference.apply(x3, _reshaped(moments, (-1,)), affine, residual3)
+        return view.unfold(y), moments
+    mask3 = None if mask is None else view.fold_mask(mask)
     if mask3 is not None:
         x3 = x3.masked_fill(~mask3 & ~x3.isfinite(), 0)
-    y3, used = _normalise_by_itself(x3, residual3, affine, mask3)
-    return view.unfold(y3), _reshaped(used, view.channels)
-
-
-def _normalise_by_itself(
-    x: torch.Tensor, residual: torch.Tensor | None, affine: Affine, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, Moments]:
-    """Training: (N, C, L) activations normalised with their own moments, which answer to the gradient."""
-    if _must_look_inside():
-        moments = reference.stats(x, mask)
-        _check_count(moments, x)
-        y = reference.apply(x, moments, affine, residual)
-        # A number that is no tensor can leave neither vmap nor grad(has_aux=True).
-        count = moments.count if torch.compiler.is_compiling() else torch.as_tensor(moments.count, device=x.device)
-        return y, Moments(moments.mean.detach(), moments.var.detach(), count)
-    with torch.no_grad():
-        moments = reference.stats(x, mask)
-    _check_count(moments, x)
-    return _apply_function(x, residual, moments, affine, mask, is_estimated=True), moments
-
-
-def _normalise(x: torch.Tensor, residual: torch.Tensor | None, statistics: Statistics, affine: Affine) -> torch.Tensor:
-    """Inference: (N, C, L) activations normalised with given statistics."""
-    is_differentiated = statistics.mean.requires_grad or statistics.var.requires_grad
-    if _must_look_inside() or (torch.is_grad_enabled() and is_differentiated):
-        return reference.apply(x, statistics, affine, residual)
-    return _apply_function(x, residual, statistics, affine, None, is_estimated=False)
+    found = reference.stats(x3, mask3)
+    _check_count(found, x3.shape)
+    y = reference.apply(x3, found, affine, residual3)
+    # A number that is no tensor can leave neither vmap nor grad(has_aux=True).
+    count = found.count if torch.compiler.is_compiling() else torch.as_tensor(found.count, device=x.device)
+    used = Moments(found.mean.detach(), found.var.detach(), count)
+    return view.unfold(y), _reshaped(used, view.channels)
 
 
 def _must_look_inside() -> bool:
@@ -127,28 +137,78 @@ def _must_look_inside() -> bool:
     return bool(
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+        or torch._C._get_tracing_state() is not None
         or forward_ad._current_level >= 0
     )
 
 
-def _apply_function(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    statistics: Statistics,
-    affine: Affine,
-    mask: torch.Tensor | None,
-    *,
-    is_estimated: bool,
-) -> torch.Tensor:
-    y: torch.Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
-        x, affine.weight, affine.bias, residual, mask, statistics, affine.eps, affine.activation, is_estimated
-    )
-    return y
+def _answers_to_gradient(moments: Statistics) -> bool:
+    return torch.is_grad_enabled() and bool(moments.mean.requires_grad or moments.var.requires_grad)
+
+
+def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _without_padding(x: torch.Tensor, mask: torch.Tensor, view: View) -> torch.Tensor:
+    """What the mask leaves out may be NaN or infinite; it is read as 0."""
+    x3 = view.fold(x)
+    return view.unfold(x3.masked_fill(~mask & ~x3.isfinite(), 0))
+
+
+@dataclass
+class _Work:
+    """One normalisation by a backend: everything about it that autograd has no part in."""
+
+    view: View
+    backend: Backend
+    mask: torch.Tensor | None
+    """(N, 1, L), bool."""
+    given: Statistics | None
+    """What to normalise with; None takes the batch's own."""
+    eps: float
+    activation: Activation | None
+
+    def __post_init__(self) -> None:
+        self.used: Any = self.given
+        self.folded: Any = None if self.given is None else _reshaped(self.given, (-1,))
+
+    def affine(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Affine:
+        return Affine(_flat(weight), _flat(bias), self.eps, self.activation)
+
+    def fold(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None or (self.backend.folds and self.view.axes == (1,)):
+            return x
+        return self.view.fold(x)
+
+    def unfold(self, y: torch.Tensor | None) -> torch.Tensor | None:
+        if y is None or (self.backend.folds and self.view.axes == (1,)):
+            return y
+        return self.view.unfold(y)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """y; the statistics it was made with are then in `used`, and as (C,) in `folded`."""
+        affine = self.affine(weight, bias)
+        x3, residual3 = cast(torch.Tensor, self.fold(x)), self.fold(residual)
+        if self.given is not None:
+            return cast(torch.Tensor, self.unfold(self.backend.apply(x3, self.folded, affine, residual3)))
+        if self.mask is None:  # before any work: how many values there are is plain to see
+            _check_number(x.numel() // max(math.prod(self.view.channels), 1), x.shape)
+        y, self.folded = self.backend.forward(x3, affine, residual3, self.mask)
+        if self.mask is not None:
+            _check_count(self.folded, x.shape)
+        self.used = _reshaped(self.folded, self.view.channels)
+        return cast(torch.Tensor, self.unfold(y))
 
 
 class _Normalise(torch.autograd.Function):
-    """Normalisation for autograd; `is_estimated` says that the statistics are those of x and answer to its gradient."""
+    """Normalisation for autograd, by a backend's own backward; to be differentiated again, by operations."""
 
     @staticmethod
     def forward(
@@ -157,40 +217,45 @@ class _Normalise(torch.autograd.Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         residual: torch.Tensor | None,
-        mask: torch.Tensor | None,
-        statistics: Statistics,
-        eps: float,
-        activation: Activation | None,
-        is_estimated: bool,
+        work: _Work,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight, bias, residual if activation is not None else None, mask)
-        ctx.statistics, ctx.is_estimated = statistics, is_estimated
-        ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
-        return reference.apply(x, statistics, Affine(weight, bias, eps, activation), residual)
+        y = work.forward(x, weight, bias, residual)
+        # Without an activation the residual's value plays no part in backward, only its place.
+        ctx.save_for_backward(x, weight, bias, residual if work.activation is not None else None)
+        ctx.work, ctx.has_residual = work, residual is not None
+        if work.given is not None:
+            # Running statistics may move on before the backward pass.
+            work.folded = Running(work.folded.mean.clone(), work.folded.var.clone())
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
-        x, weight, bias, residual, mask = ctx.saved_tensors
-        affine = Affine(weight, bias, ctx.eps, ctx.activation)
+        x, weight, bias, residual = ctx.saved_tensors
+        work: _Work = ctx.work
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate the gradient
-            return (*_differentiable_backward(ctx, dy, x, affine, residual, mask), *[None] * 5)
-        for_x, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
-        sums = None
-        if for_weight or for_bias or (for_x and ctx.is_estimated):
-            sums = reference.backward_reduce(dy, x, ctx.statistics, affine, residual)
-        dx = dresidual = None
-        if for_x or for_residual:
-            # Without an activation the residual's value plays no part in backward, only its place.
-            stand_in = dy if ctx.has_residual and residual is None else residual
-            dx, dresidual = reference.backward_apply(
-                dy, x, ctx.statistics, affine, stand_in, sums=sums if ctx.is_estimated else None, mask=mask
+            return (*_differentiable_backward(ctx, dy, x, weight, bias, residual), None)
+        for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
+        backend, mask, is_estimated = work.backend, work.mask, work.given is None
+        affine = work.affine(weight, bias)
+        dy3, x3 = cast(torch.Tensor, work.fold(dy)), cast(torch.Tensor, work.fold(x))
+        residual3 = dy3 if ctx.has_residual and residual is None else work.fold(residual)
+        dx = dresidual = sums = None
+        needs_sums = for_weight or for_bias or (for_x and is_estimated)
+        if for_x and needs_sums:
+            dx, dresidual, sums = backend.backward(
+                dy3, x3, work.folded, affine, residual3, is_estimated=is_estimated, mask=mask
             )
+        else:
+            if needs_sums:
+                sums = backend.backward_reduce(dy3, x3, work.folded, affine, residual3)
+            if for_x or for_residual:
+                dx, dresidual = backend.backward_apply(dy3, x3, work.folded, affine, residual3, sums=None)
         return (
-            dx if for_x else None,
-            sums.dz_xhat.to(weight.dtype) if sums is not None and for_weight else None,
-            sums.dz.to(bias.dtype) if sums is not None and for_bias else None,
-            dresidual if for_residual else None,
-            *[None] * 5,
+            work.unfold(dx) if for_x else None,
+            _like(sums.dz_xhat, weight) if sums is not None and for_weight else None,
+            _like(sums.dz, bias) if sums is not None and for_bias else None,
+            work.unfold(dresidual) if for_residual else None,
+            None,
         )
 
 
@@ -198,15 +263,18 @@ def _differentiable_backward(
     ctx: Any,
     dy: torch.Tensor,
     x: torch.Tensor,
-    affine: Affine,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
     residual: torch.Tensor | None,
-    mask: torch.Tensor | None,
 ) -> list[torch.Tensor | None]:
     """The same gradients by way of the reference's own operations, which autograd can follow once more."""
+    work: _Work = ctx.work
     with torch.enable_grad():
-        statistics = reference.stats(x, mask) if ctx.is_estimated else ctx.statistics
-        y = reference.apply(x, statistics, affine, residual)
-    inputs = [x, affine.weight, affine.bias, residual]
+        x3 = work.view.fold(x)
+        residual3 = None if residual is None else work.view.fold(residual)
+        statistics = work.folded if work.given is not None else reference.stats(x3, work.mask)
+        y = work.view.unfold(reference.apply(x3, statistics, work.affine(weight, bias), residual3))
+    inputs = [x, weight, bias, residual]
     wanted = [i for i, given in enumerate(inputs) if given is not None and ctx.needs_input_grad[i]]
     grads: list[torch.Tensor | None] = [None] * 4
     found: tuple[torch.Tensor, ...] = ()
@@ -274,7 +342,7 @@ def _check_moments(moments: Statistics, view: View) -> None:
             )
 
 
-def _check_count(moments: Moments, x: torch.Tensor) -> None:
+def _check_count(moments: Moments, shape: tuple[int, ...]) -> None:
     count = moments.count
     if isinstance(count, torch.Tensor):
         # Reading a count back from an accelerator would stop it at every layer, and under a transform there is no
@@ -282,16 +350,26 @@ def _check_count(moments: Moments, x: torch.Tensor) -> None:
         if count.device.type != "cpu" or _must_look_inside() or count.numel() == 0:
             return
         count = int(count.min())
+    _check_number(count, shape)
+
+
+def _check_number(count: int, shape: tuple[int, ...]) -> None:
     if count == 1:
         raise ShapeError(
-            f"Expected more than 1 value per channel when training, got 1 in an input of shape {tuple(x.shape)} "
-            "(N, C, L): the variance of one value is 0. Use a larger batch, drop the last short batch "
-            "(DataLoader(drop_last=True)), or call eval() to normalise with running statistics."
+            f"Expected more than 1 value per channel when training, got 1 in an input of shape {tuple(shape)}: the "
+            "variance of one value is 0. Use a larger batch, drop the last short batch (DataLoader(drop_last=True)), "
+            "or call eval() to normalise with running statistics."
         )
 
 
 def _flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
     return parameter if parameter is None or parameter.ndim == 1 else parameter.reshape(-1)
+
+
+def _like(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    if gradient.dtype != parameter.dtype:
+        gradient = gradient.to(parameter.dtype)
+    return gradient if gradient.ndim == parameter.ndim else gradient.reshape(parameter.shape)
 
 
 def _reshaped(statistics: Any, shape: tuple[int, ...]) -> Any:

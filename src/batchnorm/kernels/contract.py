@@ -4,7 +4,9 @@ The view may have any strides. Channels-last activations are an (N, C, L) view w
 is L = 1, so that one shape serves all of them and a backend looks at the strides to choose a fast path.
 
 The cut between `stats` and `apply`, and between `backward_reduce` and `backward_apply`, is where statistics of
-several ranks or ghost batches join.
+several ranks or ghost batches join. Where nothing comes between, `forward` and `backward` do both halves in one call:
+a backend that can keep a part of the tensor in a cache between them gains a pass over memory, another one composes its
+halves.
 """
 
 from __future__ import annotations
@@ -43,11 +45,50 @@ class BackwardSums(NamedTuple):
     """(C,): sum of dz * x_hat."""
 
 
+class Gradients(NamedTuple):
+    """What a whole backward pass gives."""
+
+    x: torch.Tensor
+    """dx, like x."""
+    residual: torch.Tensor | None
+    """dresidual, like the residual; None without one."""
+    sums: BackwardSums
+
+
 class Backend(Protocol):
     """The kernel contract.
 
     x, y, dy, dx and residual are (N, C, L), any strides, one float dtype; arithmetic is at least float32.
     """
+
+    @property
+    def folds(self) -> bool:
+        """Whether it takes (N, C, ...) too, and folds the trailing axes itself."""
+        ...
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        affine: Affine,
+        residual: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Moments]:
+        """`stats` and `apply` in one: y and the Moments of x."""
+        ...
+
+    def backward(
+        self,
+        dy: torch.Tensor,
+        x: torch.Tensor,
+        statistics: Statistics,
+        affine: Affine,
+        residual: torch.Tensor | None = None,
+        *,
+        is_estimated: bool,
+        mask: torch.Tensor | None = None,
+    ) -> Gradients:
+        """`backward_reduce` and `backward_apply` in one; `is_estimated`: whether dx takes part in the sums."""
+        ...
 
     def stats(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
         """Moments of each channel, (C,), over the positions where mask, (N, 1, L) bool, is True."""

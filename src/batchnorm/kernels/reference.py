@@ -12,8 +12,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Statistics
+from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Gradients, Statistics
 from batchnorm.stats.moments import Moments
+
+
+folds = False
+
+
+def forward(
+    x: torch.Tensor, affine: Affine, residual: torch.Tensor | None = None, mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Moments]:
+    """See `contract.Backend.forward`."""
+    moments = stats(x, mask)
+    return apply(x, moments, affine, residual), moments
+
+
+def backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    statistics: Statistics,
+    affine: Affine,
+    residual: torch.Tensor | None = None,
+    *,
+    is_estimated: bool,
+    mask: torch.Tensor | None = None,
+) -> Gradients:
+    """See `contract.Backend.backward`."""
+    sums = backward_reduce(dy, x, statistics, affine, residual)
+    dx, dresidual = backward_apply(dy, x, statistics, affine, residual, sums=sums if is_estimated else None, mask=mask)
+    return Gradients(dx, dresidual, sums)
 
 
 def stats(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:

@@ -1,0 +1,186 @@
+// Kernels on a matrix whose columns have coefficients of their own: channels-last activations, and the short runs of
+// small feature maps with the coefficients spread out. Several rows at a time share what is loaded for a column.
+#pragma once
+
+#include "row.hpp"
+
+namespace batchnorm {
+namespace BATCHNORM_ISA {
+
+// Coefficients by column; each array is 64-byte aligned and padded to whole vectors.
+template <class A> struct ColumnCoefficients {
+  A *mean = nullptr, *scale = nullptr, *shift = nullptr, *by_x = nullptr, *constant = nullptr;
+  ColumnCoefficients from(int64_t column) const {
+    return {mean + column, scale + column, shift + column, by_x + column, constant + column};
+  }
+};
+
+// A matrix of `rows` x `columns`; each operand has a pitch (distance of rows, in values) of its own.
+template <class T> struct Matrix {
+  T* data = nullptr;
+  int64_t pitch = 0;
+  T* row(int64_t r) const { return data ? data + r * pitch : nullptr; }
+  Matrix at(int64_t r, int64_t column) const { return {data ? data + r * pitch + column : nullptr, pitch}; }
+};
+
+template <class F> inline void over_columns(int64_t columns, int64_t lanes, F f) {
+  int64_t j = 0;
+  for (; j + lanes <= columns; j += lanes) f(j, Whole{});
+  if (j < columns) f(j, Part{columns - j});
+}
+
+// Calls f(row, number) with groups of at most Rows rows; the number is a compile-time constant.
+template <int Rows> struct Number {
+  static constexpr int value = Rows;
+};
+template <int Rows, class F> inline void over_rows(int64_t rows, F f) {
+  int64_t r = 0;
+  for (; r + Rows <= rows; r += Rows) f(r, Number<Rows>{});
+  for (; r < rows; ++r) f(r, Number<1>{});
+}
+
+// Adds x - shift and its square to the sums of each column. `ahead` (values): how far to prefetch.
+template <class T>
+inline void add_value_columns(Matrix<const T> x, int64_t rows, int64_t columns, const Arithmetic<T>* shift,
+                              Arithmetic<T>* first, Arithmetic<T>* second, int64_t ahead) {
+  using A = Arithmetic<T>;
+  using V = Vector<A>;
+  over_rows<8>(rows, [&](int64_t r, auto number) {
+    const T* p = x.row(r);
+    over_columns(columns, kLanes<A>, [&](int64_t j, auto how) {
+      const V about = load_bytes<V>(shift + j);
+      V a = load_bytes<V>(first + j), b = load_bytes<V>(second + j);
+#pragma GCC unroll 8
+      for (int k = 0; k < number.value; ++k) {
+        if (ahead) prefetch(p + k * x.pitch + j + ahead);
+        const V d = take(p + k * x.pitch + j, how) - about;  // a partial vector spills into padding only
+        a += d;
+        b += d * d;
+      }
+      store_bytes(first + j, a);
+      store_bytes(second + j, b);
+    });
+  });
+}
+
+// y = activation((x - mean) * scale + shift + residual).
+template <class T, Kind K>
+inline void apply_columns(Matrix<T> y, Matrix<const T> x, Matrix<const T> residual, int64_t rows, int64_t columns,
+                          const ColumnCoefficients<Arithmetic<T>>& of, Activation which, bool stream, int64_t ahead) {
+  using A = Arithmetic<T>;
+  using V = Vector<A>;
+  auto run = [&](auto streamed) {
+    over_rows<4>(rows, [&](int64_t r, auto number) {
+      const T *px = x.row(r), *pr = residual.row(r);
+      T* py = y.row(r);
+      over_columns(columns, kLanes<A>, [&](int64_t j, auto how) {
+        const V mean = load_bytes<V>(of.mean + j), scale = load_bytes<V>(of.scale + j);
+        const V shift = load_bytes<V>(of.shift + j);
+#pragma GCC unroll 4
+        for (int k = 0; k < number.value; ++k) {
+          if (ahead) prefetch(px + k * x.pitch + j + ahead);
+          V z = (take(px + k * x.pitch + j, how) - mean) * scale + shift;
+          if (pr) z += take(pr + k * residual.pitch + j, how);
+          z = activate<K>(z, which);
+          put(py + k * y.pitch + j, z, streamed(how));
+        }
+      });
+    });
+  };
+  struct Stream {
+    Streamed operator()(Whole) const { return {}; }
+    Part operator()(Part part) const { return part; }
+  };
+  struct Store {
+    Whole operator()(Whole) const { return {}; }
+    Part operator()(Part part) const { return part; }
+  };
+  stream ? run(Stream{}) : run(Store{});
+}
+
+// Adds dz and dz * (x - mean) to the sums of each column.
+template <class T, Kind K>
+inline void add_gradient_columns(Matrix<const T> dy, Matrix<const T> x, Matrix<const T> residual, int64_t rows,
+                                 int64_t columns, const ColumnCoefficients<Arithmetic<T>>& of, Activation which,
+                                 Arithmetic<T>* first, Arithmetic<T>* second, int64_t ahead) {
+  using A = Arithmetic<T>;
+  using V = Vector<A>;
+  over_rows<4>(rows, [&](int64_t r, auto number) {
+    const T *pdy = dy.row(r), *px = x.row(r), *pr = residual.row(r);
+    over_columns(columns, kLanes<A>, [&](int64_t j, auto how) {
+      const V mean = load_bytes<V>(of.mean + j), scale = load_bytes<V>(of.scale + j);
+      const V shift = load_bytes<V>(of.shift + j);
+      V a = load_bytes<V>(first + j), b = load_bytes<V>(second + j);
+#pragma GCC unroll 4
+      for (int k = 0; k < number.value; ++k) {
+        if (ahead) {
+          prefetch(px + k * x.pitch + j + ahead);
+          prefetch(pdy + k * dy.pitch + j + ahead);
+        }
+        const V d = take(px + k * x.pitch + j, how) - mean;
+        V dz = take(pdy + k * dy.pitch + j, how);
+        if constexpr (K != Kind::none) {
+          V z = d * scale + shift;
+          if (pr) z += take(pr + k * residual.pitch + j, how);
+          dz = before_activation<K>(dz, z, which);
+        }
+        a += dz;
+        b += dz * d;
+      }
+      store_bytes(first + j, a);
+      store_bytes(second + j, b);
+    });
+  });
+}
+
+// dx = dz * scale + (x - mean) * by_x + constant (the last two only where is_estimated); dresidual = dz.
+template <class T, Kind K>
+inline void gradient_columns(Matrix<T> dx, Matrix<T> dresidual, Matrix<const T> dy, Matrix<const T> x,
+                             Matrix<const T> residual, int64_t rows, int64_t columns,
+                             const ColumnCoefficients<Arithmetic<T>>& of, Activation which, bool is_estimated,
+                             bool stream, int64_t ahead) {
+  using A = Arithmetic<T>;
+  using V = Vector<A>;
+  auto run = [&](auto streamed) {
+    over_rows<4>(rows, [&](int64_t r, auto number) {
+      const T *pdy = dy.row(r), *px = x.row(r), *pr = residual.row(r);
+      T *pdx = dx.row(r), *pdr = dresidual.row(r);
+      over_columns(columns, kLanes<A>, [&](int64_t j, auto how) {
+        const V mean = load_bytes<V>(of.mean + j), scale = load_bytes<V>(of.scale + j);
+        const V shift = load_bytes<V>(of.shift + j);
+        const V by_x = load_bytes<V>(of.by_x + j), constant = load_bytes<V>(of.constant + j);
+#pragma GCC unroll 4
+        for (int k = 0; k < number.value; ++k) {
+          if (ahead) {
+            prefetch(px + k * x.pitch + j + ahead);
+            prefetch(pdy + k * dy.pitch + j + ahead);
+          }
+          V dz = take(pdy + k * dy.pitch + j, how), d{};
+          if (K != Kind::none || is_estimated) d = take(px + k * x.pitch + j, how) - mean;
+          if constexpr (K != Kind::none) {
+            V z = d * scale + shift;
+            if (pr) z += take(pr + k * residual.pitch + j, how);
+            dz = before_activation<K>(dz, z, which);
+          }
+          if (pdr) put(pdr + k * dresidual.pitch + j, dz, streamed(how));
+          if (!pdx) continue;
+          V g = dz * scale;
+          if (is_estimated) g += d * by_x + constant;
+          put(pdx + k * dx.pitch + j, g, streamed(how));
+        }
+      });
+    });
+  };
+  struct Stream {
+    Streamed operator()(Whole) const { return {}; }
+    Part operator()(Part part) const { return part; }
+  };
+  struct Store {
+    Whole operator()(Whole) const { return {}; }
+    Part operator()(Part part) const { return part; }
+  };
+  stream ? run(Stream{}) : run(Store{});
+}
+
+}  // namespace BATCHNORM_ISA
+}  // namespace batchnorm

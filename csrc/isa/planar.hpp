@@ -1,0 +1,247 @@
+// Planar activations (NCHW and the like) with long runs: which thread works on which positions of which channel.
+//
+// Fused: a task is a whole channel; both passes follow each other while it is in the cache, and the second one
+// prefetches the next channel. Split, where channels are few or huge, and where one half alone is asked for: a task is
+// a piece of a channel, the pieces' results are merged in a fixed order, and the second pass goes through the pieces
+// from the back, because what was read last is still in the cache.
+#pragma once
+
+#include "../parallel.hpp"
+#include "../tiling.hpp"
+#include "channel.hpp"
+
+namespace batchnorm {
+namespace BATCHNORM_ISA {
+
+// Positions of one channel: rows n0 .. n1, from l0 to l1 in each.
+struct Piece {
+  int64_t c, n0, n1, l0, l1;
+};
+
+// The pieces of a tensor, numbered as they lie in memory.
+struct Pieces {
+  const Call& call;
+  int64_t rows, run, row_parts, run_parts;
+
+  explicit Pieces(const Call& call) : call(call) {
+    constexpr int64_t least = 8192, most = 65536;  // values
+    run = call.L < most ? call.L : most;
+    rows = call.L < least ? (least + call.L - 1) / call.L : 1;
+    row_parts = (call.N + rows - 1) / rows;
+    run_parts = (call.L + run - 1) / run;
+  }
+  int64_t number() const { return row_parts * call.C * run_parts; }
+  int64_t index(int64_t row_part, int64_t c, int64_t run_part) const {
+    return (row_part * call.C + c) * run_parts + run_part;
+  }
+  Piece operator[](int64_t i) const {
+    const int64_t l = i % run_parts * run, n = i / run_parts / call.C * rows;
+    return {i / run_parts % call.C, n, n + rows < call.N ? n + rows : call.N, l, l + run < call.L ? l + run : call.L};
+  }
+};
+
+template <class T> inline T* at(const Operand& operand, int64_t n, int64_t c, int64_t l) {
+  if (!operand.data) return nullptr;
+  return static_cast<T*>(operand.data) + n * operand.stride_n + c * operand.stride_c + l;
+}
+inline const uint8_t* mask_at(const Call& call, int64_t n, int64_t l) {
+  return call.mask ? call.mask + n * call.L + l : nullptr;
+}
+
+template <class T, Kind K> struct PlanarForward {
+  using A = Arithmetic<T>;
+  using Partial = Moment;
+  const Call& call;
+  Coefficients<A>* of;  // by channel
+  bool stream;
+
+  Moment reduce(const Piece& piece) const {
+    Moment whole;
+    const int64_t run = piece.l1 - piece.l0;
+    const int64_t rows = run < kBlockValues ? kBlockValues / run : 1;
+    A shift = first_shift(piece);
+    for (int64_t n = piece.n0; n < piece.n1; n += rows) {
+      const int64_t end = n + rows < piece.n1 ? n + rows : piece.n1;
+      for (int64_t l = piece.l0; l < piece.l1; l += kBlockValues) {
+        const Piece block{piece.c, n, end, l, l + kBlockValues < piece.l1 ? l + kBlockValues : piece.l1};
+        Moment moment = about(block, shift);
+        if (moment.is_cancelled(shift)) moment = about(block, static_cast<A>(moment.mean));
+        whole.merge(moment);
+        if (whole.count > 0) shift = static_cast<A>(whole.mean);
+      }
+    }
+    return whole;
+  }
+
+  Moment about(const Piece& block, A shift) const {
+    Sums<A> sums;
+    int64_t count = 0;
+    const int64_t run = block.l1 - block.l0;
+    for (int64_t n = block.n0; n < block.n1; ++n) {
+      const T* x = at<const T>(call.x, n, block.c, block.l0);
+      if (call.mask) {
+        count += add_masked_values(sums, x, mask_at(call, n, block.l0), run, shift);
+      } else {
+        add_values(sums, x, run, shift);
+        count += run;
+      }
+    }
+    return Moment::of_sums(static_cast<double>(count), shift, sums.first_total(), sums.second_total());
+  }
+
+  // The mean of the first values that count: near enough to the mean as a rule.
+  A first_shift(const Piece& piece) const {
+    double sum = 0;
+    int64_t count = 0;
+    for (int64_t n = piece.n0; n < piece.n1 && count < 16; ++n) {
+      const T* x = at<const T>(call.x, n, piece.c, 0);
+      const uint8_t* mask = mask_at(call, n, 0);
+      for (int64_t l = piece.l0; l < piece.l1 && count < 16; ++l) {
+        if (mask && !mask[l]) continue;
+        sum += Storage<T>::widen(x[l]);
+        ++count;
+      }
+    }
+    return static_cast<A>(count ? sum / static_cast<double>(count) : 0);
+  }
+
+  void finish(int64_t c, const Moment& moment) const {
+    call.mean[c] = moment.mean;
+    call.var[c] = moment.var();
+  }
+  void prepare(int64_t c) const { of[c] = coefficients<A>(call, c); }
+
+  void map(const Piece& piece, int64_t next_channel) const {
+    for (int64_t n = piece.n0; n < piece.n1; ++n) {
+      const T* ahead = next_channel < 0 ? nullptr : at<const T>(call.x, n, next_channel, piece.l0);
+      apply_run<T, K>(at<T>(call.y, n, piece.c, piece.l0), at<const T>(call.x, n, piece.c, piece.l0),
+                      at<const T>(call.residual, n, piece.c, piece.l0), piece.l1 - piece.l0, of[piece.c],
+                      call.activation, stream, ahead);
+    }
+    if (stream) finish_streams();
+  }
+};
+
+template <class T, Kind K> struct PlanarBackward {
+  using A = Arithmetic<T>;
+  struct Partial {
+    double first = 0, second = 0;
+    void merge(const Partial& other) {
+      first += other.first;
+      second += other.second;
+    }
+  };
+  const Call& call;
+  Coefficients<A>* of;
+  bool stream;
+
+  Partial reduce(const Piece& piece) const {
+    Partial whole;
+    const Coefficients<A> mine = coefficients<A>(call, piece.c);
+    const int64_t run = piece.l1 - piece.l0;
+    const int64_t rows = run < kBlockValues ? kBlockValues / run : 1;
+    for (int64_t n = piece.n0; n < piece.n1; n += rows) {
+      const int64_t end = n + rows < piece.n1 ? n + rows : piece.n1;
+      for (int64_t l = piece.l0; l < piece.l1; l += kBlockValues) {
+        Sums<A> sums;
+        const int64_t length = piece.l1 - l < kBlockValues ? piece.l1 - l : kBlockValues;
+        for (int64_t m = n; m < end; ++m) add_run(sums, m, piece.c, l, length, mine);
+        whole.merge({sums.first_total(), sums.second_total()});
+      }
+    }
+    return whole;
+  }
+
+  void add_run(Sums<A>& sums, int64_t n, int64_t c, int64_t l, int64_t length, const Coefficients<A>& mine) const {
+    const T *dy = at<const T>(call.dy, n, c, l), *x = at<const T>(call.x, n, c, l);
+    const T* residual = at<const T>(call.residual, n, c, l);
+    if (residual) add_gradients<T, K, true>(sums, dy, x, residual, length, mine, call.activation);
+    else add_gradients<T, K, false>(sums, dy, x, nullptr, length, mine, call.activation);
+  }
+
+  void finish(int64_t c, const Partial& sums) const { write_sums<A>(call, c, sums.first, sums.second); }
+  void prepare(int64_t c) const {
+    of[c] = coefficients<A>(call, c);
+    answer_to_statistics(call, c, of[c]);
+  }
+
+  void map(const Piece& piece, int64_t next_channel) const {
+    const bool prefetches = next_channel >= 0 && call.x.stride_c == call.dy.stride_c;
+    const int64_t ahead = prefetches ? (next_channel - piece.c) * call.x.stride_c : 0;
+    for (int64_t n = piece.n0; n < piece.n1; ++n) {
+      gradient_run<T, K>(at<T>(call.dx, n, piece.c, piece.l0), at<T>(call.dresidual, n, piece.c, piece.l0),
+                         at<const T>(call.dy, n, piece.c, piece.l0), at<const T>(call.x, n, piece.c, piece.l0),
+                         at<const T>(call.residual, n, piece.c, piece.l0), mask_at(call, n, piece.l0),
+                         piece.l1 - piece.l0, of[piece.c], call.activation, call.is_estimated, stream, ahead);
+    }
+    if (stream) finish_streams();
+  }
+};
+
+template <class Pass> class PlanarRun {
+ public:
+  PlanarRun(const Pass& pass, int tensors)
+      : pass_(pass), call_(pass.call), pieces_(pass.call),
+        channel_bytes_(call_.N * call_.L * bytes_of(call_.dtype) * tensors) {}
+
+  void operator()() {
+    const int threads = useful_threads(call_.threads, channel_bytes_ * call_.C);
+    const bool shares_evenly = call_.C % threads == 0 || call_.C >= 8 * threads;
+    if (call_.reduces && call_.maps && shares_evenly && channel_bytes_ <= most_channel_bytes(threads)) {
+      run_tasks(call_.C, threads, whole_channel, this);
+      return;
+    }
+    if (call_.reduces) reduce(threads);
+    if (!call_.maps) return;
+    for (int64_t c = 0; c < call_.C; ++c) pass_.prepare(c);
+    run_tasks(pieces_.number(), threads, map_piece, this);
+  }
+
+ private:
+  using Partial = typename Pass::Partial;
+
+  static void whole_channel(void* self, int64_t c, int64_t next) {
+    const Pass& pass = static_cast<PlanarRun*>(self)->pass_;
+    const Piece piece{c, 0, pass.call.N, 0, pass.call.L};
+    pass.finish(c, pass.reduce(piece));
+    pass.prepare(c);
+    pass.map(piece, next);
+  }
+  static void reduce_piece(void* self, int64_t i, int64_t) {
+    PlanarRun& run = *static_cast<PlanarRun*>(self);
+    run.partials_[i] = run.pass_.reduce(run.pieces_[i]);
+  }
+  static void map_piece(void* self, int64_t i, int64_t) {
+    PlanarRun& run = *static_cast<PlanarRun*>(self);
+    run.pass_.map(run.pieces_[run.pieces_.number() - 1 - i], -1);
+  }
+
+  void reduce(int threads) {
+    // Behind the coefficients of the channels, in the same arena.
+    partials_ = reinterpret_cast<Partial*>(pass_.of + call_.C);
+    run_tasks(pieces_.number(), threads, reduce_piece, this);
+    for (int64_t c = 0; c < call_.C; ++c) {
+      Partial whole;
+      for (int64_t n = 0; n < pieces_.row_parts; ++n)
+        for (int64_t l = 0; l < pieces_.run_parts; ++l) whole.merge(partials_[pieces_.index(n, c, l)]);
+      pass_.finish(c, whole);
+    }
+  }
+
+  Pass pass_;
+  const Call& call_;
+  Pieces pieces_;
+  int64_t channel_bytes_;
+  Partial* partials_ = nullptr;
+};
+
+template <class Pass> inline void run_planar(const Call& call, int tensors, bool stream) {
+  using A = typename Pass::A;
+  const size_t bytes = static_cast<size_t>(call.C) * sizeof(Coefficients<A>) +
+                       static_cast<size_t>(Pieces(call).number()) * sizeof(typename Pass::Partial);
+  auto* of = static_cast<Coefficients<A>*>(scratch(Arena::call, bytes + 64));
+  PlanarRun<Pass>(Pass{call, of, stream}, tensors)();
+}
+
+}  // namespace BATCHNORM_ISA
+}  // namespace batchnorm

@@ -1,0 +1,197 @@
+// Kernels on one run of values of one channel, side by side in memory.
+#pragma once
+
+#include "activation.hpp"
+#include "moment.hpp"
+
+namespace batchnorm {
+namespace BATCHNORM_ISA {
+
+// How a vector meets memory: whole, whole and past the caches, or its first lanes only.
+struct Whole {};
+struct Streamed {};
+struct Part {
+  int64_t count;
+};
+
+// Arguments that choose an instance of a generic lambda.
+struct Yes { static constexpr bool value = true; };
+struct No { static constexpr bool value = false; };
+
+template <class T> inline Vector<Arithmetic<T>> take(const T* p, Whole) { return Storage<T>::load(p); }
+template <class T> inline Vector<Arithmetic<T>> take(const T* p, Streamed) { return Storage<T>::load(p); }
+template <class T> inline Vector<Arithmetic<T>> take(const T* p, Part part) { return load_part(p, part.count); }
+template <class T, class V> inline void put(T* p, V v, Whole) { Storage<T>::store(p, v); }
+template <class T, class V> inline void put(T* p, V v, Streamed) { Storage<T>::stream(p, v); }
+template <class T, class V> inline void put(T* p, V v, Part part) { store_part(p, v, part.count); }
+
+template <class T> constexpr int64_t kStreamBytes = kLanes<Arithmetic<T>> * static_cast<int64_t>(sizeof(T));
+
+// Calls f(i, how) for the vectors of a run of n values; streamed stores start where `out` is aligned.
+template <class T, class F> inline void over_run(const T* out, int64_t n, bool stream, F f) {
+  constexpr int64_t lanes = kLanes<Arithmetic<T>>;
+  int64_t i = 0;
+  if (stream) {
+    const int64_t off = reinterpret_cast<uintptr_t>(out) % kStreamBytes<T>;
+    if (off) {
+      const int64_t head = (kStreamBytes<T> - off) / static_cast<int64_t>(sizeof(T));
+      i = head < n ? head : n;
+      f(0, Part{i});
+    }
+#pragma GCC unroll 4
+    for (; i + lanes <= n; i += lanes) f(i, Streamed{});
+  } else {
+#pragma GCC unroll 4
+    for (; i + lanes <= n; i += lanes) f(i, Whole{});
+  }
+  if (i < n) f(i, Part{n - i});
+}
+
+// What is done to the values of one channel.
+template <class A> struct alignas(8) Coefficients {
+  A mean;   // rounded to A
+  A scale;  // weight / sqrt(var + eps)
+  A shift;  // bias, and what rounding took from the mean: z = (x - mean) * scale + shift
+  A by_x;   // backward: dx = dz * scale + (x - mean) * by_x + constant
+  A constant;
+};
+
+// Independent accumulators hide the latency of the additions.
+template <class A> struct Sums {
+  Vector<A> first[4] = {}, second[4] = {};
+  double first_total() const { return total(first[0] + first[1] + first[2] + first[3]); }
+  double second_total() const { return total(second[0] + second[1] + second[2] + second[3]); }
+};
+
+// Adds x - shift and its square.
+template <class T> inline void add_values(Sums<Arithmetic<T>>& sums, const T* x, int64_t n, Arithmetic<T> shift) {
+  using A = Arithmetic<T>;
+  constexpr int64_t lanes = kLanes<A>;
+  const Vector<A> about = broadcast(shift);
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const Vector<A> d = Storage<T>::load(x + i + k * lanes) - about;
+      sums.first[k] += d;
+      sums.second[k] += d * d;
+    }
+  }
+  for (int k = 0; i + lanes <= n; i += lanes, ++k) {
+    const Vector<A> d = Storage<T>::load(x + i) - about;
+    sums.first[k] += d;
+    sums.second[k] += d * d;
+  }
+  if (i < n) {
+    const Vector<A> d = first_lanes<A>(n - i) ? load_part(x + i, n - i) - about : Vector<A>{};
+    sums.first[3] += d;
+    sums.second[3] += d * d;
+  }
+}
+
+// The same where the mask is not 0; what it leaves out may be anything. Returns how many counted.
+template <class T>
+inline int64_t add_masked_values(Sums<Arithmetic<T>>& sums, const T* x, const uint8_t* mask, int64_t n,
+                                 Arithmetic<T> shift) {
+  using A = Arithmetic<T>;
+  int64_t counted = 0;
+  over_run(x, n, false, [&](int64_t i, auto how) {
+    const int64_t left = n - i < kLanes<A> ? n - i : kLanes<A>;
+    for (int64_t k = 0; k < left; ++k) counted += mask[i + k] != 0;
+    const Vector<A> d = lanes_of<A>(mask + i, left) ? take(x + i, how) - broadcast(shift) : Vector<A>{};
+    sums.first[0] += d;
+    sums.second[0] += d * d;
+  });
+  return counted;
+}
+
+// y = activation((x - mean) * scale + shift + residual). `ahead`: the run that is read next, or null.
+template <class T, Kind K>
+inline void apply_run(T* y, const T* x, const T* residual, int64_t n, const Coefficients<Arithmetic<T>>& of,
+                      Activation which, bool stream, const T* ahead) {
+  using V = Vector<Arithmetic<T>>;
+  const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
+  auto run = [&](auto has_residual, auto prefetches) {
+    over_run(y, n, stream, [&](int64_t i, auto how) {
+      if constexpr (prefetches.value) prefetch(ahead + i);
+      V z = (take(x + i, how) - mean) * scale + shift;
+      if constexpr (has_residual.value) z += take(residual + i, how);
+      put(y + i, activate<K>(z, which), how);
+    });
+  };
+  if (residual) ahead ? run(Yes{}, Yes{}) : run(Yes{}, No{});
+  else ahead ? run(No{}, Yes{}) : run(No{}, No{});
+}
+
+// Adds dz and dz * (x - mean).
+template <class T, Kind K, bool HasResidual>
+inline void add_gradients(Sums<Arithmetic<T>>& sums, const T* dy, const T* x, const T* residual, int64_t n,
+                          const Coefficients<Arithmetic<T>>& of, Activation which) {
+  using A = Arithmetic<T>;
+  using V = Vector<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
+  auto add = [&](int64_t i, int k, auto how) {
+    const V d = take(x + i, how) - mean;
+    V dz = take(dy + i, how);  // lanes beyond the end are 0, and add nothing
+    if constexpr (K != Kind::none) {
+      V z = d * scale + shift;
+      if constexpr (HasResidual) z += take(residual + i, how);
+      dz = before_activation<K>(dz, z, which);
+    }
+    sums.first[k] += dz;
+    sums.second[k] += dz * d;
+  };
+  int64_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) add(i + k * lanes, k, Whole{});
+  }
+  for (int k = 0; i + lanes <= n; i += lanes, ++k) add(i, k, Whole{});
+  if (i < n) add(i, 3, Part{n - i});
+}
+
+// dx = dz * scale + (x - mean) * by_x + constant, the last two where the mask counts; dresidual = dz.
+template <class T, Kind K>
+inline void gradient_run(T* dx, T* dresidual, const T* dy, const T* x, const T* residual, const uint8_t* mask,
+                         int64_t n, const Coefficients<Arithmetic<T>>& of, Activation which, bool is_estimated,
+                         bool stream, int64_t ahead) {
+  using A = Arithmetic<T>;
+  using V = Vector<A>;
+  const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
+  const V by_x = broadcast(of.by_x), constant = broadcast(of.constant);
+  auto run = [&](auto reads_residual, auto estimated, auto masked) {
+    over_run(dx ? dx : dresidual, n, stream, [&](int64_t i, auto how) {
+      if (ahead) {
+        prefetch(dy + ahead + i);
+        prefetch(x + ahead + i);
+      }
+      V dz = take(dy + i, how), d{};
+      if constexpr (K != Kind::none || estimated.value) d = take(x + i, how) - mean;
+      if constexpr (K != Kind::none) {
+        V z = d * scale + shift;
+        if constexpr (reads_residual.value) z += take(residual + i, how);
+        dz = before_activation<K>(dz, z, which);
+      }
+      if (dresidual) put(dresidual + i, dz, how);
+      if (!dx) return;
+      V g = dz * scale;
+      if constexpr (estimated.value) {
+        V answer = d * by_x + constant;
+        if constexpr (masked.value) {
+          const int64_t left = n - i < kLanes<A> ? n - i : kLanes<A>;
+          answer = lanes_of<A>(mask + i, left) ? answer : V{};
+        }
+        g += answer;
+      }
+      put(dx + i, g, how);
+    });
+  };
+  const bool reads = residual && K != Kind::none;
+  if (!is_estimated) reads ? run(Yes{}, No{}, No{}) : run(No{}, No{}, No{});
+  else if (mask) reads ? run(Yes{}, Yes{}, Yes{}) : run(No{}, Yes{}, Yes{});
+  else reads ? run(Yes{}, Yes{}, No{}) : run(No{}, Yes{}, No{});
+}
+
+}  // namespace BATCHNORM_ISA
+}  // namespace batchnorm

@@ -1,0 +1,71 @@
+"""Which backend computes: "auto" takes the fastest one there is for a tensor, a name takes that one or raises.
+
+The environment variable BATCHNORM_BACKEND ("auto", "cpu" or "reference") says so at start, `set_backend` later.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, cast, get_args
+
+import torch
+
+from batchnorm.errors import ArgumentError
+from batchnorm.kernels import reference
+from batchnorm.kernels.contract import Backend
+
+BackendName = Literal["auto", "cpu", "reference"]
+
+try:
+    from batchnorm.kernels import cpu
+except ImportError as error:
+    _cpu: Backend | None = None
+    _why_no_cpu = str(error)
+else:
+    _cpu = cast(Backend, cpu)
+    _why_no_cpu = ""
+
+_reference = cast(Backend, reference)
+_name: BackendName = "auto"
+
+
+def backend_for(x: torch.Tensor) -> Backend:
+    """The backend for an input.
+
+    Raises:
+        ArgumentError: the CPU backend was asked for by name and cannot take x.
+    """
+    if _name == "reference" or _cpu is None:
+        return _reference
+    if x.is_cpu and x.dtype in cpu.DTYPES:
+        return _cpu
+    if _name == "cpu":
+        raise ArgumentError(
+            f"the CPU backend was chosen by name, but the input is {x.dtype} on {x.device}: "
+            'move it to the CPU, or set_backend("auto").'
+        )
+    return _reference
+
+
+def set_backend(name: BackendName) -> None:
+    """Chooses the backend of this process: "auto", or one by its name.
+
+    Raises:
+        ArgumentError: there is none of that name, or it cannot run here.
+    """
+    global _name
+    if name not in get_args(BackendName):
+        raise ArgumentError(f"backend must be one of {', '.join(get_args(BackendName))}; got {name!r}.")
+    if name == "cpu" and _cpu is None:
+        raise ArgumentError(
+            f"the CPU backend is not there ({_why_no_cpu}): install a C++17 compiler and install batchnorm again."
+        )
+    _name = name
+
+
+def get_backend() -> BackendName:
+    """The name that was chosen, "auto" at first."""
+    return _name
+
+
+set_backend(cast(BackendName, os.environ.get("BATCHNORM_BACKEND", "auto")))
