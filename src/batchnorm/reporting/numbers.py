@@ -55,7 +55,7 @@ def quantity(value: float | None, unit: str) -> str:
     if value is None or math.isnan(value) or not unit:
         return text
     if unit == "x":
-        return text + _TIMES
+        return text + (f"{_NO_BREAK_SPACE}times" if "·" in text else _TIMES)
     return text + (_THIN_SPACE if unit == "%" else _NO_BREAK_SPACE) + unit
 
 
