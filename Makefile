@@ -1,5 +1,8 @@
-# make study   trains, measures and writes study/report.html        make test   every test
-# make lint    style, types and the direction of imports             make clean  removes what these made
+# make study         trains, measures and writes study/report.html
+# make test          every test
+# make lint          style, types and the direction of imports
+# make bench         layers and networks against their peers, half an hour; make bench-quick: a part of it, two minutes
+# make clean         removes what these made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,3 +42,8 @@ $(VENV)/.%: $(NEEDS) $(VENV)/.package
 	@echo "Installing what 'make $*' needs"
 	@$(PIP) --editable ".[$*]"
 	@touch $@
+
+.PHONY: bench bench-quick
+bench bench-quick: $(VENV)/.package
+	cd benchmarks && ../$(BIN)/python layers.py $(if $(filter bench-quick,$@),--quick)
+	cd benchmarks && ../$(BIN)/python networks.py $(if $(filter bench-quick,$@),--quick)

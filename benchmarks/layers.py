@@ -45,7 +45,7 @@ def main() -> None:
     budget = 0.15 if options.quick else 0.6
     rows: list[dict[str, Any]] = []
     workers = {"as it comes": _Worker({}, PLAIN_PEERS), "tuned": _Worker(TUNED, TUNED_PEERS)}
-    stamp = _stamp()
+    head = stamp()
     for number, case in enumerate(chosen, start=1):
         print(f"[{number}/{len(chosen)}] {case.name}", flush=True)
         for malloc, worker in workers.items():
@@ -55,7 +55,7 @@ def main() -> None:
                 limit = copy.get(phase, copy["forward"])
                 times = {"median_us": median * 1e6, "p20_us": low * 1e6, "p80_us": high * 1e6}
                 rows.append(
-                    {**stamp, "group": case.group, "case": case.name, "peer": peer, "malloc": malloc, "phase": phase}
+                    {**head, "group": case.group, "case": case.name, "peer": peer, "malloc": malloc, "phase": phase}
                     | {name: f"{value:.2f}" for name, value in times.items()}
                     | {"samples": samples, "times_copy": f"{median / limit:.3f}"}
                 )
@@ -63,7 +63,7 @@ def main() -> None:
     for worker in workers.values():
         worker.close()
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"layers{'-quick' if options.quick else ''}-{stamp['date'][:10]}.csv"
+    path = options.out / f"layers{'-quick' if options.quick else ''}-{head['date'][:10]}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -123,7 +123,8 @@ def _print_case(rows: list[dict[str, Any]], case: str) -> None:
         print(f"    {peer:12s} {malloc:12s} times copy: {text}")
 
 
-def _stamp() -> dict[str, Any]:
+def stamp() -> dict[str, Any]:
+    """Date, commit, machine and versions: the head of each row."""
     import torch
 
     commit = subprocess.run(

@@ -1,4 +1,4 @@
-"""Who is measured, and how each computes an operation: a function that runs once and tells the seconds of each phase."""
+"""Who is measured, and how each computes an operation: functions that run once and give the seconds of each phase."""
 
 from __future__ import annotations
 
