@@ -13,6 +13,7 @@ from batchnorm.kernels import reference
 from batchnorm.kernels.contract import Activation, Affine, Statistics
 from batchnorm.kernels.view import View
 from batchnorm.stats.moments import Moments
+from batchnorm.stats.running import Running
 
 # torch.func, torch.export and DataParallel take results apart with torch's pytree, which does not know our dataclass
 # by itself.
@@ -48,14 +49,14 @@ def batch_norm(
             bfloat16. None is 1.
         bias: beta, likewise. None is 0.
         moments: normalise with these instead of the batch's own, as at inference; shape of the channel axes each.
-            Their variance is taken as it is, and gradients flow into them where they require any. `mask` has no say
-            then.
+            Their variance is taken as it is, and gradients flow into them where they require any. `mask` then only
+            keeps padding out of the gradients.
         eps: added to the variance; at least 0; unit of x, squared.
         channel_axis: the axis of the channels, or several: each combination of their positions is then a channel of
             its own, and weight, bias and moments have the shape of those axes in ascending order.
         mask: bool, True = counts; the shape of x without its channel axes, or broadcastable to it. What it leaves out
-            is not in the statistics but is normalised like the rest; NaN or infinity there is read as 0, so that
-            padding may hold anything.
+            is not in the statistics but is normalised like the rest; NaN, infinity and values whose square overflows
+            are read as 0 there, in x and in residual, so that padding may hold anything.
         activation: "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "sigmoid", "tanh" or None.
         residual: added before the activation; shape and dtype of x.
 
@@ -87,14 +88,15 @@ def batch_norm(
     x3 = view.fold(x)
     residual3 = None if residual is None else view.fold(residual)
     mask3 = None if mask is None else view.fold_mask(mask)
+    if mask3 is not None:
+        x3 = _without_garbage(x3, mask3)
+        residual3 = None if residual3 is None else _without_garbage(residual3, mask3)
     if moments is not None:
         _check_moments(moments, view)
         y3 = _normalise(x3, residual3, _reshaped(moments, (-1,)), affine)
-        return view.unfold(y3), moments
-    if mask3 is not None:
-        x3 = x3.masked_fill(~mask3 & ~x3.isfinite(), 0)
+        return _in_memory_format(view.unfold(y3), view), moments
     y3, used = _normalise_by_itself(x3, residual3, affine, mask3)
-    return view.unfold(y3), _reshaped(used, view.channels)
+    return _in_memory_format(view.unfold(y3), view), _reshaped(used, view.channels)
 
 
 def _normalise_by_itself(
@@ -105,8 +107,10 @@ def _normalise_by_itself(
         moments = reference.stats(x, mask)
         _check_count(moments, x)
         y = reference.apply(x, moments, affine, residual)
-        # A number that is no tensor can leave neither vmap nor grad(has_aux=True).
-        count = moments.count if torch.compiler.is_compiling() else torch.as_tensor(moments.count, device=x.device)
+        count = moments.count
+        if isinstance(count, int) and not torch.compiler.is_compiling():
+            # A number that is no tensor can leave neither vmap nor grad(has_aux=True).
+            count = torch.as_tensor(count, device=x.device)
         return y, Moments(moments.mean.detach(), moments.var.detach(), count)
     with torch.no_grad():
         moments = reference.stats(x, mask)
@@ -120,6 +124,33 @@ def _normalise(x: torch.Tensor, residual: torch.Tensor | None, statistics: Stati
     if _must_look_inside() or (torch.is_grad_enabled() and is_differentiated):
         return reference.apply(x, statistics, affine, residual)
     return _apply_function(x, residual, statistics, affine, None, is_estimated=False)
+
+
+def _in_memory_format(y: torch.Tensor, view: View) -> torch.Tensor:
+    """`y` as torch's own layers return it, contiguous or channels-last, so that a network's y.view(...) goes on working.
+
+    Kernels keep the strides of x, which may be a transpose's. With channels on another axis there is no such custom.
+    """
+    if view.axes != (1,) or y.is_contiguous() or torch._C._are_functorch_transforms_active():
+        return y
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(y.ndim)
+    return y if last is not None and y.is_contiguous(memory_format=last) else y.contiguous()
+
+
+def _without_garbage(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """(N, C, L) `x` with 0 where `mask`, (N, 1, L), leaves out what would make NaN of a gradient of 0."""
+    limit = min(torch.finfo(x.dtype).max, torch.finfo(torch.promote_types(x.dtype, torch.float32)).max ** 0.5)
+    return x.masked_fill(~(mask | (x.abs() <= limit)), 0)
+
+
+def can_read(values: torch.Tensor) -> bool:
+    """Whether numbers can be read now: no accelerator has to stop for it, and no compiler or tracer follows."""
+    return bool(
+        values.device.type == "cpu"
+        and not _must_look_inside()
+        and type(values) is torch.Tensor  # fake tensors have no numbers, even where no mode is on
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _must_look_inside() -> bool:
@@ -164,6 +195,9 @@ class _Normalise(torch.autograd.Function):
         is_estimated: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, bias, residual if activation is not None else None, mask)
+        if not is_estimated and any(ctx.needs_input_grad):
+            # Buffers: a training step before backward would write to them, and the gradient would be another's.
+            statistics = Running(statistics.mean.clone(), statistics.var.clone())
         ctx.statistics, ctx.is_estimated = statistics, is_estimated
         ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
         return reference.apply(x, statistics, Affine(weight, bias, eps, activation), residual)
@@ -253,20 +287,29 @@ def _check_channels(name: str, given: torch.Tensor | None, view: View, x: torch.
 
 
 def _check_residual(residual: torch.Tensor | None, x: torch.Tensor) -> None:
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ShapeError(
-            f"residual must have the shape and dtype of the input, {tuple(x.shape)} {x.dtype}; "
-            f"got {tuple(residual.shape)} {residual.dtype}."
+    if residual is None:
+        return
+    if residual.shape != x.shape:
+        raise ShapeError(f"residual must have the shape of the input, {tuple(x.shape)}; got {tuple(residual.shape)}.")
+    if residual.dtype != x.dtype:
+        raise DtypeError(
+            f"residual must have the dtype of the input, {x.dtype}; got {residual.dtype}: pass residual.to(x)."
         )
 
 
 def _check_mask_dtype(mask: torch.Tensor | None) -> None:
-    if mask is not None and mask.dtype != torch.bool:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise DtypeError(f"mask must be a bool tensor, got {type(mask).__name__}: pass torch.as_tensor(mask).")
+    if mask.dtype != torch.bool:
         raise DtypeError(f"mask must be bool (True = counts), got {mask.dtype}: pass mask != 0.")
 
 
 def _check_moments(moments: Statistics, view: View) -> None:
     for name, given in (("mean", moments.mean), ("var", moments.var)):
+        if not isinstance(given, torch.Tensor):
+            raise DtypeError(f"moments.{name} must be a tensor, got {type(given).__name__}: use torch.as_tensor.")
         if tuple(given.shape) != view.channels:
             raise ShapeError(
                 f"moments.{name} must have the shape of the channels, {view.channels}, "
@@ -277,9 +320,7 @@ def _check_moments(moments: Statistics, view: View) -> None:
 def _check_count(moments: Moments, x: torch.Tensor) -> None:
     count = moments.count
     if isinstance(count, torch.Tensor):
-        # Reading a count back from an accelerator would stop it at every layer, and under a transform there is no
-        # number to read.
-        if count.device.type != "cpu" or _must_look_inside() or count.numel() == 0:
+        if not can_read(count) or count.numel() == 0:
             return
         count = int(count.min())
     if count == 1:

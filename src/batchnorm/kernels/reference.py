@@ -83,7 +83,8 @@ def _coefficients(
     """
     mean = statistics.mean
     high = mean.detach().to(wide)
-    scale = (statistics.var + affine.eps).rsqrt()
+    # Half-precision statistics first grow wide: they would swallow eps.
+    scale = (statistics.var.to(torch.promote_types(statistics.var.dtype, wide)) + affine.eps).rsqrt()
     if affine.weight is not None:
         scale = affine.weight * scale
     shift = (high - mean) * scale
