@@ -61,13 +61,19 @@ class Moments:
             the neutral element of `merge`.
 
         Raises:
-            DtypeError: x is not a float (torch) or not a number (NumPy), or mask is not bool.
+            DtypeError: x is not a float (torch) or not a number (NumPy), or mask is not bool or of the other kind.
             ShapeError: mask does not broadcast to x, or an axis is out of range.
             ArgumentError: axes is empty, or names an axis twice.
         """
         is_numpy = isinstance(x, _NUMPY)
+        if not is_numpy and not hasattr(x, "masked_fill"):
+            raise DtypeError(f"Moments need a torch tensor or a NumPy array, got {type(x).__name__}.")
         axes = _normalised_axes(axes, x.ndim)
         if mask is not None:
+            if isinstance(mask, _NUMPY) != is_numpy:
+                raise DtypeError(
+                    f"mask must be of the kind of the values, {type(x).__name__}; got {type(mask).__name__}."
+                )
             _check_mask(mask, tuple(x.shape))
         return _of_numpy(np.asarray(x), axes, mask) if is_numpy else _of_torch(x, axes, mask)
 
@@ -85,9 +91,15 @@ class Moments:
 
         Raises:
             ShapeError: the shapes differ.
+            DtypeError: one is of torch and one of NumPy.
         """
         parts = (self, *others)
         for part in others:
+            if isinstance(part.mean, _NUMPY) != isinstance(self.mean, _NUMPY):
+                raise DtypeError(
+                    f"Moments of {type(self.mean).__name__} and {type(part.mean).__name__} cannot be merged: "
+                    "convert one of them."
+                )
             if tuple(part.mean.shape) != tuple(self.mean.shape):
                 raise ShapeError(
                     f"Moments of shape {tuple(self.mean.shape)} and {tuple(part.mean.shape)} cannot be merged: "
