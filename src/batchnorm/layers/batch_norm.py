@@ -20,7 +20,7 @@ from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
 
-class BatchNorm(torch.nn.modules.batchnorm._NormBase):
+class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization of activations of any rank, with the channels on any axis or on several.
 
     Training: y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual) with the batch's mean and biased
