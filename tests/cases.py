@@ -73,7 +73,9 @@ LAYOUTS = [
     Layout("N,C,L batch-expanded", (5, 3, 7), lambda x: x[:1].expand(5, 3, 7)),
     Layout("N,C,H,W", (4, 3, 5, 6)),
     Layout("N,C,H,W channels-last", (4, 3, 5, 6), _format(torch.channels_last)),
-    Layout("N,C,H,W channels-last sliced", (4, 3, 5, 6), lambda x: _format(torch.channels_last)(x.repeat(2, 1, 1, 1))[:4]),
+    Layout(
+        "N,C,H,W channels-last sliced", (4, 3, 5, 6), lambda x: _format(torch.channels_last)(x.repeat(2, 1, 1, 1))[:4]
+    ),
     Layout("N,C,H,W sliced", (4, 3, 5, 6), _every_second),
     Layout("N,C,H,W transposed", (4, 3, 5, 6), _swapped(2, 3)),
     Layout("N,C,1,1 channels-last", (4, 3, 1, 1), _format(torch.channels_last)),
