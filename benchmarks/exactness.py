@@ -42,9 +42,7 @@ def main() -> None:
         libraries["Keras (torch backend)"] = _keras
     if importlib.util.find_spec("flax"):
         libraries["Flax NNX"] = _flax
-    print(
-        f"Input {SHAPE}, float32, eps {EPS:g}. Output: largest error over the largest normalised value. Variance: largest"
-    )
+    print(f"Input {SHAPE}, float32, eps {EPS:g}. Output: largest error over the largest value. Variance: largest")
     print("relative error of the batch variance that enters the running statistics.\n")
     print("| input |" + "".join(f" {name}: output | variance |" for name in libraries))
     print("| --- |" + " --- | --- |" * len(libraries))
