@@ -147,10 +147,8 @@ _ESTIMATES = (
 
 def judge(measures: Sequence[Measure]) -> Verdict:
     """The verdict by the thresholds that the card states."""
-    lag, ratio, caught = (
-        find(measures, name) for name in ("gap_early_slow", "distance_ratio_early_slow", "gap_late_usual")
-    )
-    usual = find(measures, "gap_early_usual")
+    lag, usual, caught = (find(measures, name) for name in ("gap_early_slow", "gap_early_usual", "gap_late_usual"))
+    ratio = find(measures, "distance_ratio_early_slow")
     late = {word: find(measures, f"{word}_late") for word in ("accuracy_batch", "accuracy_population")}
     far = {word: find(measures, f"distance_{word}_late").mean for word in ("batch", "mean_of_batches", "population")}
     reading = (
@@ -171,13 +169,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     from batchnorm.reporting.figures import BLUE, DASHES, GREEN, GREY, ORANGE, PURPLE, legend, log_axis, panel
 
     rate = best_rate(of_arm(records, USUAL), final_validation_accuracy)
-    looks = (
-        (BLUE, "-"),
-        (GREEN, (0, (1.2, 1.4))),
-        (ORANGE, (0, (4, 1.6))),
-        (PURPLE, (0, (5, 1.4, 1.2, 1.4))),
-        (GREY, "-"),
-    )
+    looks = tuple(zip((BLUE, GREEN, ORANGE, PURPLE, GREY), DASHES, strict=False))
     order = (_POPULATION, _MEAN, f"{_MOVING}, {SLOW}", f"{_MOVING}, {USUAL}", _BATCH)
     figures: Figures = {}
     for what, title, axis in (
@@ -186,7 +178,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     ):
         drawing, axes = panel(title, "step", axis, height=1.15)
         told = []
-        for words, (colour, dashes) in zip(order, tuple(looks), strict=True):
+        for words, (colour, dashes) in zip(order, looks, strict=True):
             estimate, arm, _ = next(one for one in _ESTIMATES if one[2] == words)
             of = at_rate(of_arm(records, arm), rate)
             values = np.array([one["values"][what][estimate] for one in of], dtype=float).mean(axis=0)
