@@ -153,8 +153,9 @@ def judge(measures: Sequence[Measure]) -> Verdict:
     far = {word: find(measures, f"distance_{word}_late").mean for word in ("batch", "mean_of_batches", "population")}
     reading = (
         f"After {EARLY} steps population statistics give {said(lag)} more test accuracy than a moving average with "
-        f"momentum 0.01, and {said(usual)} more than one with 0.1; the moving average "
-        f"(0.01) is {said(ratio)} as far from the truth as they are. After {LATE} steps population and moving average (0.1) are {said(caught)} apart. Distances to the truth then: "
+        f"momentum 0.01, and {said(usual)} more than one with 0.1; the moving average (0.01) is {said(ratio)} as far "
+        f"from the truth as they are. After {LATE} steps population and moving average (0.1) are {said(caught)} apart. "
+        f"Distances to the truth then: "
         f"one batch {number(far['batch'])}, mean of batches {number(far['mean_of_batches'])}, population "
         f"{number(far['population'])} standard deviations. Each test batch with statistics of its own gives "
         f"{late['accuracy_batch'].mean:.1f} %, population statistics {late['accuracy_population'].mean:.1f} %."
