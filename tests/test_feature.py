@@ -141,7 +141,7 @@ def test_state_dict(whiten, assign):
 
 def test_whitening_and_standardising_files_are_not_mixed_up():
     state = FeatureNormalization(4).adapt(_rows()).state_dict()
-    with pytest.raises(RuntimeError, match="Missing key.*whitening"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*whitening"):
         FeatureNormalization(4, whiten=True).load_state_dict(state)
 
 

@@ -202,7 +202,9 @@ def test_compile_with_a_mask_of_few_values_leaves_the_statistics(momentum):
 
 def test_compiled_errors_are_ours():
     torch._dynamo.reset()
-    with pytest.raises((ShapeError, torch._dynamo.exc.TorchDynamoException), match="expected 3 channels|Expected more"):
+    with pytest.raises(
+        (ShapeError, torch._dynamo.exc.TorchDynamoException), match=r"expected 3 channels|Expected more"
+    ):
         torch.compile(BatchNorm1d(3), backend="eager")(torch.randn(4, 5))
 
 
@@ -223,10 +225,8 @@ def _checkpointed(segment, x, kind):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_checkpointed_segment_commits_once(kind, momentum):
     """torch.nn's layers take the batch twice: forward, and again when backward recomputes it."""
-    make = lambda: nn.Sequential(
-        nn.Linear(3, 3), BatchNorm1d(3, momentum=momentum), nn.ReLU(), BatchNorm1d(3, momentum=momentum)
-    )
-    segment = make()
+    first, second = (BatchNorm1d(3, momentum=momentum) for _ in range(2))
+    segment = nn.Sequential(nn.Linear(3, 3), first, nn.ReLU(), second)
     plain = copy.deepcopy(segment)
     for step in range(3):
         x = torch.randn(8, 3) + step
