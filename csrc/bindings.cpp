@@ -1,4 +1,4 @@
-// The Python module batchnorm._cpu: tensors in, pointers on to the core. Shapes and dtypes were checked at the public
+// The Python module batchnorm.kernels._cpu: tensors in, pointers on to the core. Shapes and dtypes were checked at the public
 // door; here only what would read or write memory that is not ours is checked again.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>

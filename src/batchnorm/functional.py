@@ -52,14 +52,14 @@ def batch_norm(
             bfloat16. None is 1.
         bias: beta, likewise. None is 0.
         moments: normalise with these instead of the batch's own, as at inference; shape of the channel axes each.
-            Their variance is taken as it is, and gradients flow into them where they require any. `mask` has no say
-            then.
+            Their variance is taken as it is, and gradients flow into them where they require any. `mask` then only
+            keeps padding out of the gradients.
         eps: added to the variance; at least 0; unit of x, squared.
         channel_axis: the axis of the channels, or several: each combination of their positions is then a channel of
             its own, and weight, bias and moments have the shape of those axes in ascending order.
         mask: bool, True = counts; the shape of x without its channel axes, or broadcastable to it. What it leaves out
-            is not in the statistics but is normalised like the rest; NaN or infinity there is read as 0, so that
-            padding may hold anything.
+            is not in the statistics but is normalised like the rest; NaN, infinity and values whose square overflows
+            are read as 0 there, in x and in residual, so that padding may hold anything.
         activation: "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "sigmoid", "tanh" or None.
         residual: added before the activation; shape and dtype of x.
 
@@ -89,17 +89,19 @@ def batch_norm(
     _check_mask_dtype(mask)
     if moments is not None:
         _check_moments(moments, view)
+    mask3 = None if mask is None else view.fold_mask(mask)
+    if mask3 is not None:
+        x = _without_garbage(x, mask3, view)
+        residual = None if residual is None else _without_garbage(residual, mask3, view)
     if _must_look_inside() or (moments is not None and _answers_to_gradient(moments)):
-        return _by_operations(x, weight, bias, residual, mask, moments, view, eps, activation)
-    if mask is not None and moments is None:
-        mask = view.fold_mask(mask)
-        x = _without_padding(x, mask, view)
-    work = _Work(view, backend_for(x), None if moments is not None else mask, moments, eps, activation)
+        y, used = _by_operations(x, weight, bias, residual, mask3, moments, view, eps, activation)
+        return _in_memory_format(y, view), used
+    work = _Work(view, backend_for(x), mask3 if moments is None else None, moments, eps, activation)
     if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
         y = _Normalise.apply(x, weight, bias, residual, work)  # type: ignore[no-untyped-call]
     else:
         y = work.forward(x, weight, bias, residual)
-    return y, work.used
+    return _in_memory_format(y, view), work.used
 
 
 def _by_operations(
@@ -113,23 +115,49 @@ def _by_operations(
     eps: float,
     activation: Activation | None,
 ) -> tuple[torch.Tensor, Statistics]:
-    """By the reference's own operations, for whoever transforms these: a compiler, torch.func, forward-mode autograd."""
+    """By the reference's operations, for whoever transforms these: a compiler, torch.func, forward-mode autograd."""
     affine = Affine(_flat(weight), _flat(bias), eps, activation)
     x3 = view.fold(x)
     residual3 = None if residual is None else view.fold(residual)
     if moments is not None:
-        y = reference.apply(x3, _reshaped(moments, (-1,)), affine, residual3)
-        return view.unfold(y), moments
-    mask3 = None if mask is None else view.fold_mask(mask)
-    if mask3 is not None:
-        x3 = x3.masked_fill(~mask3 & ~x3.isfinite(), 0)
-    found = reference.stats(x3, mask3)
-    _check_count(found, x3.shape)
+        return view.unfold(reference.apply(x3, _reshaped(moments, (-1,)), affine, residual3)), moments
+    found = reference.stats(x3, mask)
+    _check_count(found, x3)
     y = reference.apply(x3, found, affine, residual3)
-    # A number that is no tensor can leave neither vmap nor grad(has_aux=True).
-    count = found.count if torch.compiler.is_compiling() else torch.as_tensor(found.count, device=x.device)
+    count = found.count
+    if isinstance(count, int) and not torch.compiler.is_compiling():
+        # A number that is no tensor can leave neither vmap nor grad(has_aux=True).
+        count = torch.as_tensor(count, device=x.device)
     used = Moments(found.mean.detach(), found.var.detach(), count)
     return view.unfold(y), _reshaped(used, view.channels)
+
+
+def _in_memory_format(y: torch.Tensor, view: View) -> torch.Tensor:
+    """`y` as torch's own layers return it, contiguous or channels-last, so that y.view(...) goes on working.
+
+    Kernels keep the strides of x, which may be a transpose's. With channels on another axis there is no such custom.
+    """
+    if view.axes != (1,) or y.is_contiguous() or torch._C._are_functorch_transforms_active():
+        return y
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(y.ndim)
+    return y if last is not None and y.is_contiguous(memory_format=last) else y.contiguous()
+
+
+def _without_garbage(x: torch.Tensor, mask: torch.Tensor, view: View) -> torch.Tensor:
+    """`x` with 0 where `mask`, (N, 1, L), leaves out what would make NaN of a gradient of 0."""
+    x3 = view.fold(x)
+    limit = min(torch.finfo(x.dtype).max, torch.finfo(torch.promote_types(x.dtype, torch.float32)).max ** 0.5)
+    return view.unfold(x3.masked_fill(~(mask | (x3.abs() <= limit)), 0))
+
+
+def can_read(values: torch.Tensor) -> bool:
+    """Whether numbers can be read now: no accelerator has to stop for it, and no compiler or tracer follows."""
+    return bool(
+        values.device.type == "cpu"
+        and not _must_look_inside()
+        and type(values) is torch.Tensor  # fake tensors have no numbers, even where no mode is on
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def _must_look_inside() -> bool:
@@ -148,12 +176,6 @@ def _answers_to_gradient(moments: Statistics) -> bool:
 
 def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _without_padding(x: torch.Tensor, mask: torch.Tensor, view: View) -> torch.Tensor:
-    """What the mask leaves out may be NaN or infinite; it is read as 0."""
-    x3 = view.fold(x)
-    return view.unfold(x3.masked_fill(~mask & ~x3.isfinite(), 0))
 
 
 @dataclass
@@ -199,10 +221,10 @@ class _Work:
         if self.given is not None:
             return cast(torch.Tensor, self.unfold(self.backend.apply(x3, self.folded, affine, residual3)))
         if self.mask is None:  # before any work: how many values there are is plain to see
-            _check_number(x.numel() // max(math.prod(self.view.channels), 1), x.shape)
+            _check_number(x.numel() // max(math.prod(self.view.channels), 1), x)
         y, self.folded = self.backend.forward(x3, affine, residual3, self.mask)
         if self.mask is not None:
-            _check_count(self.folded, x.shape)
+            _check_count(self.folded, x3)
         self.used = _reshaped(self.folded, self.view.channels)
         return cast(torch.Tensor, self.unfold(y))
 
@@ -235,6 +257,8 @@ class _Normalise(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate the gradient
             return (*_differentiable_backward(ctx, dy, x, weight, bias, residual), None)
         for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
+        # The gradient may be transformed where the input was not (is_grads_batched).
+        work.backend = cast(Backend, reference) if _must_look_inside() else backend_for(dy)
         backend, mask, is_estimated = work.backend, work.mask, work.given is None
         affine = work.affine(weight, bias)
         dy3, x3 = cast(torch.Tensor, work.fold(dy)), cast(torch.Tensor, work.fold(x))
@@ -321,20 +345,29 @@ def _check_channels(name: str, given: torch.Tensor | None, view: View, x: torch.
 
 
 def _check_residual(residual: torch.Tensor | None, x: torch.Tensor) -> None:
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ShapeError(
-            f"residual must have the shape and dtype of the input, {tuple(x.shape)} {x.dtype}; "
-            f"got {tuple(residual.shape)} {residual.dtype}."
+    if residual is None:
+        return
+    if residual.shape != x.shape:
+        raise ShapeError(f"residual must have the shape of the input, {tuple(x.shape)}; got {tuple(residual.shape)}.")
+    if residual.dtype != x.dtype:
+        raise DtypeError(
+            f"residual must have the dtype of the input, {x.dtype}; got {residual.dtype}: pass residual.to(x)."
         )
 
 
 def _check_mask_dtype(mask: torch.Tensor | None) -> None:
-    if mask is not None and mask.dtype != torch.bool:
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise DtypeError(f"mask must be a bool tensor, got {type(mask).__name__}: pass torch.as_tensor(mask).")
+    if mask.dtype != torch.bool:
         raise DtypeError(f"mask must be bool (True = counts), got {mask.dtype}: pass mask != 0.")
 
 
 def _check_moments(moments: Statistics, view: View) -> None:
     for name, given in (("mean", moments.mean), ("var", moments.var)):
+        if not isinstance(given, torch.Tensor):
+            raise DtypeError(f"moments.{name} must be a tensor, got {type(given).__name__}: use torch.as_tensor.")
         if tuple(given.shape) != view.channels:
             raise ShapeError(
                 f"moments.{name} must have the shape of the channels, {view.channels}, "
@@ -342,21 +375,19 @@ def _check_moments(moments: Statistics, view: View) -> None:
             )
 
 
-def _check_count(moments: Moments, shape: tuple[int, ...]) -> None:
+def _check_count(moments: Moments, x: torch.Tensor) -> None:
     count = moments.count
     if isinstance(count, torch.Tensor):
-        # Reading a count back from an accelerator would stop it at every layer, and under a transform there is no
-        # number to read.
-        if count.device.type != "cpu" or _must_look_inside() or count.numel() == 0:
+        if not can_read(count) or count.numel() == 0:
             return
         count = int(count.min())
-    _check_number(count, shape)
+    _check_number(count, x)
 
 
-def _check_number(count: int, shape: tuple[int, ...]) -> None:
+def _check_number(count: int, x: torch.Tensor) -> None:
     if count == 1:
         raise ShapeError(
-            f"Expected more than 1 value per channel when training, got 1 in an input of shape {tuple(shape)}: the "
+            f"Expected more than 1 value per channel when training, got 1 in an input of shape {tuple(x.shape)}: the "
             "variance of one value is 0. Use a larger batch, drop the last short batch (DataLoader(drop_last=True)), "
             "or call eval() to normalise with running statistics."
         )

@@ -1,4 +1,4 @@
-"""The CPU backend: the contract's functions on top of the compiled core, batchnorm._cpu.
+"""The CPU backend: the contract's functions on top of the compiled core, batchnorm.kernels._cpu.
 
 This module allocates the outputs and hands the tensors on; how the work is cut and done stands in csrc/. Importing it
 raises ImportError where the package was installed without the core.
@@ -11,14 +11,16 @@ from typing import Any
 
 import torch  # before the core, which shares the OpenMP library that torch loads
 
-from batchnorm import _cpu
+from batchnorm.kernels import _cpu
 from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Gradients, Statistics
 from batchnorm.stats.moments import Moments
+from batchnorm.stats.running import Running
 
 folds = True
 
-DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-"""What the core can read."""
+_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_WIDE = (torch.float64, torch.float32)
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 _ACTIVATIONS: dict[Activation | None, int] = {
     None: 0,
@@ -35,6 +37,19 @@ if "BATCHNORM_CPU_ISA" in os.environ:
     _cpu.choose_instruction_set(os.environ["BATCHNORM_CPU_ISA"])
 # A forked child has none of OpenMP's threads, and would wait for them for ever.
 os.register_at_fork(after_in_child=_cpu.forbid_threads)
+
+
+def can_take(x: torch.Tensor) -> bool:
+    """Whether the core can read the memory of x: a plain tensor on the CPU, and nobody follows the operations."""
+    return bool(
+        x.is_cpu
+        and x.dtype in _DTYPES
+        and type(x) in _PLAIN_TENSORS  # subclasses and fake tensors have meanings of their own
+        and torch._C._len_torch_dispatch_stack() == 0
+        and x.layout is torch.strided
+        and not x.is_neg()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad(is_grads_batched=True)
+    )
 
 
 def forward(
@@ -58,7 +73,7 @@ def apply(
 ) -> torch.Tensor:
     """See `contract.Backend.apply`."""
     y = torch.empty_like(x)
-    _forward(x, y, residual, None, statistics.mean, statistics.var, affine, reduces=False)
+    _forward(x, y, residual, None, _wide(statistics.mean), _wide(statistics.var), affine, reduces=False)
     return y
 
 
@@ -87,7 +102,7 @@ def backward_reduce(
 ) -> BackwardSums:
     """See `contract.Backend.backward_reduce`."""
     sums = _new_sums(x, torch.float64)
-    _backward(dy, x, statistics, affine, residual, None, None, sums, None, True, True)
+    _backward(dy, x, statistics, affine, residual, None, None, sums, None, True, False)
     return sums
 
 
@@ -106,6 +121,45 @@ def backward_apply(
     dresidual = None if residual is None else torch.empty_like(x)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, False, sums is not None)
     return dx, dresidual
+
+
+def update_running(
+    running: Running, tracked: torch.Tensor | None, batch: Moments, momentum: float | None
+) -> bool | None:
+    """Takes a batch into running statistics in place, in one call instead of a dozen small operations.
+
+    The rules are those of `stats.running.exponential` and `cumulative` (momentum=None). False, and nothing changed,
+    where mean or variance is not finite; None, and nothing changed, where the core cannot do it.
+
+    Args:
+        running: mean and unbiased variance, (C,), float32 or float64.
+        tracked: scalar int64, counted up; or None.
+        batch: Moments, (C,), float64, count an int.
+        momentum: weight of the new value, or None.
+    """
+    mean, var = running
+    if type(batch.count) is not int or mean.dtype not in _WIDE or mean.dtype != var.dtype or mean.ndim != 1:
+        return None
+    state = [mean, var] if tracked is None else [mean, var, tracked]
+    if not all(can_write(tensor) for tensor in state):
+        return None
+    done = _cpu.update_running(
+        mean, var, tracked, batch.mean, batch.var, batch.count, -1.0 if momentum is None else momentum
+    )
+    # Autograd finds out by this that a tensor it saved has changed.
+    torch.autograd.graph.increment_version(state)
+    return done
+
+
+def can_write(state: torch.Tensor) -> bool:
+    """Whether the core can change this tensor: plain memory that is its own."""
+    return bool(
+        state.is_cpu
+        and type(state) is torch.Tensor
+        and state.is_contiguous()
+        and not state.is_inference()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def instruction_set() -> str:
@@ -171,8 +225,8 @@ def _backward(
         None if mask is None else mask.contiguous(),
         _plain(affine.weight),
         _plain(affine.bias),
-        statistics.mean,
-        statistics.var,
+        _wide(statistics.mean),
+        _wide(statistics.var),
         affine.eps,
         _ACTIVATIONS[affine.activation],
         *((None, None) if sums is None else sums),
@@ -203,6 +257,10 @@ def _count(statistics: Statistics) -> int:
         return int(count)
     # A mask is the same for all channels, and so are their counts.
     return int(count.reshape(-1)[0]) if count.numel() else 0
+
+
+def _wide(statistic: torch.Tensor) -> torch.Tensor:
+    return statistic if statistic.dtype in _WIDE else statistic.float()
 
 
 def _plain(parameter: torch.Tensor | None) -> torch.Tensor | None:

@@ -13,6 +13,8 @@ import torch
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import reference
 from batchnorm.kernels.contract import Backend
+from batchnorm.stats.moments import Moments
+from batchnorm.stats.running import Running
 
 BackendName = Literal["auto", "cpu", "reference"]
 
@@ -37,14 +39,26 @@ def backend_for(x: torch.Tensor) -> Backend:
     """
     if _name == "reference" or _cpu is None:
         return _reference
-    if x.is_cpu and x.dtype in cpu.DTYPES:
+    if cpu.can_take(x):
         return _cpu
     if _name == "cpu":
         raise ArgumentError(
-            f"the CPU backend was chosen by name, but the input is {x.dtype} on {x.device}: "
-            'move it to the CPU, or set_backend("auto").'
+            f"the CPU backend was chosen by name, but the input is {x.dtype} on {x.device} ({type(x).__name__}): "
+            'pass a plain float tensor on the CPU, or set_backend("auto").'
         )
     return _reference
+
+
+def update_running(
+    running: Running, tracked: torch.Tensor | None, batch: Moments, momentum: float | None
+) -> bool | None:
+    """Takes a batch into running statistics in place, where a backend does that at once; None where none does.
+
+    See `kernels.cpu.update_running`.
+    """
+    if _cpu is None or _name == "reference":
+        return None
+    return cpu.update_running(running, tracked, batch, momentum)
 
 
 def set_backend(name: BackendName) -> None:

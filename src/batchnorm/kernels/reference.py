@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Gradients, Statistics
 from batchnorm.stats.moments import Moments
 
-
 folds = False
 
 
@@ -110,7 +109,8 @@ def _coefficients(
     """
     mean = statistics.mean
     high = mean.detach().to(wide)
-    scale = (statistics.var + affine.eps).rsqrt()
+    # Half-precision statistics first grow wide: they would swallow eps.
+    scale = (statistics.var.to(torch.promote_types(statistics.var.dtype, wide)) + affine.eps).rsqrt()
     if affine.weight is not None:
         scale = affine.weight * scale
     shift = (high - mean) * scale

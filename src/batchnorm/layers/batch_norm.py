@@ -20,7 +20,7 @@ from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
 
-class BatchNorm(torch.nn.modules.batchnorm._NormBase):
+class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """Batch normalization of activations of any rank, with the channels on any axis or on several.
 
     Training: y = activation((x - mean) / sqrt(var + eps) * weight + bias + residual) with the batch's mean and biased
@@ -185,7 +185,7 @@ class BatchNorm(torch.nn.modules.batchnorm._NormBase):
         """Inference by torch's operator, which exporters, folding passes and quantizers know by name."""
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         if weight is not None and mean is not None and weight.dtype != mean.dtype:
-            # torch takes parameters and statistics of one dtype only, and ours stay float32 in a module of half precision.
+            # torch takes parameters and statistics of one dtype only; ours stay float32 in a half-precision module.
             weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)  # type: ignore[assignment]
         z = F.batch_norm(input, mean, var, weight, bias, training=False, eps=self.eps)
         return activate(z if residual is None else z + residual, self.activation)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from batchnorm.functional import can_read
+from batchnorm.kernels.dispatch import update_running
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running, cumulative, exponential
 
@@ -43,6 +45,10 @@ def commit(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         False where the batch was left out because it is not finite and that can be known without stopping an
         accelerator or a compiler; True otherwise.
     """
+    if can_read(buffers.running_mean):
+        done = update_running(Running(*buffers[:2]), buffers.num_batches_tracked, batch, momentum)
+        if done is not None:
+            return done
     with torch.no_grad():
         if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
             return _write(buffers, batch, momentum)
@@ -60,6 +66,9 @@ def _write(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
             tracked.add_(1)  # torch counts it too
         return True
     is_usable = torch.isfinite(batch.mean + batch.var).all()
+    if isinstance(batch.count, torch.Tensor):
+        # One value has no unbiased variance. Where counts cannot be read (a compiler), nobody could refuse it before.
+        is_usable = is_usable & (batch.count > 1).all()
     if _known(~is_usable):
         return False
     running = Running(running_mean, running_var)
@@ -69,12 +78,13 @@ def _write(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         new = cumulative(running, batch, tracked + 1)
     else:
         new = exponential(running, batch, momentum)
-    if not _can_read(is_usable):
+    if not can_read(is_usable):
         new = Running(*(torch.where(is_usable, after, before) for after, before in zip(new, running, strict=True)))
     running_mean.copy_(new.mean)
     running_var.copy_(new.var)
     if tracked is not None:
-        tracked.add_(is_usable.to(tracked.dtype))
+        is_counted = is_usable | _no_values(batch.count)
+        tracked.add_(is_counted.to(tracked.dtype))
     return True
 
 
@@ -82,14 +92,10 @@ def _no_values(count: Any) -> bool | torch.Tensor:
     return (count == 0).all() if isinstance(count, torch.Tensor) else bool(count == 0)
 
 
-def _can_read(value: torch.Tensor) -> bool:
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _known(value: bool | torch.Tensor) -> bool:
     """The truth of `value` where it can be read without stopping an accelerator or a compiler; elsewhere False."""
     if isinstance(value, torch.Tensor):
-        return _can_read(value) and bool(value)
+        return can_read(value) and bool(value)
     return value
 
 

@@ -31,7 +31,7 @@ DASHES = ("-", (0, (4, 1.6)), (0, (1.2, 1.4)), (0, (5, 1.4, 1.2, 1.4)), (0, (8, 
 
 # A colour that nothing else draws: it is written as currentColor in the SVG and stays near-black in the PNG.
 _INK = "#16191d"
-_WIDTH, _HEIGHT = 5.0, 3.4  # inches: 360 x 245 points, about the width of a phone's column in CSS pixels
+_WIDTH, _HEIGHT = 4.4, 3.1  # inches: 317 x 223 points, just under a phone's column in CSS pixels
 _FONT_STACK = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 _LOOK: dict[str, Any] = {
@@ -94,7 +94,7 @@ def panel(title: str, x_label: str, y_label: str, *, height: float = 1.0) -> "tu
     """Give one empty panel with its title and labels.
 
     Args:
-        title: what the panel shows, short (about 45 characters fit one line on a phone).
+        title: what the panel shows, short (about 42 characters fit).
         x_label: quantity and unit of the horizontal axis.
         y_label: quantity and unit of the vertical axis.
         height: height relative to the usual one.
@@ -183,6 +183,7 @@ def to_svg(figure: Figure, alt: str) -> str:
     """
     buffer = io.StringIO()
     with look():
+        _settle(figure)
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue().replace(_INK, "currentColor")
@@ -211,8 +212,16 @@ def to_png(figure: Figure) -> bytes:
     """
     buffer = io.BytesIO()
     with look():
+        _settle(figure)
         figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _settle(figure: Figure) -> None:
+    """Fix the layout, which would otherwise be worked out anew for each format."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def save(figure: Figure, stem: Path, alt: str) -> None:

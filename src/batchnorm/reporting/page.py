@@ -3,14 +3,13 @@
 import re
 from collections.abc import Mapping
 from functools import cache
-from itertools import count
 from typing import Any
 from xml.etree import ElementTree
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .numbers import interval, number, quantity
+from batchnorm.reporting.numbers import interval, number, quantity
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK_HREF = "{http://www.w3.org/1999/xlink}href"
@@ -28,7 +27,7 @@ def render_study(results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     Returns:
         An HTML document that asks for nothing outside itself.
     """
-    return _templates().get_template("study.html").render(results=results, figures=figures, ids=count(1))
+    return _templates().get_template("study.html").render(results=results, figures=figures)
 
 
 def inline_svg(document: str, prefix: str, alt: str) -> Markup:

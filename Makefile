@@ -1,0 +1,50 @@
+# make study         trains, measures and writes study/report.html
+# make test          every test
+# make lint          style, types and the direction of imports
+# make bench         layers and networks against their peers, half an hour; make bench-quick: a part of it, two minutes
+# make clean         removes what these made
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Twice quiet: errors only. What is being installed, and why it takes a while, the targets say themselves.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+# .venv also takes on what an older checkout of these two files asked for.
+NEEDS := pyproject.toml constraints.txt
+
+.PHONY: study test lint clean
+.DELETE_ON_ERROR:
+
+study: $(VENV)/.package
+	$(BIN)/batchnorm study --out study
+
+test: $(VENV)/.package $(VENV)/.test
+	$(BIN)/python -m pytest --numprocesses auto
+
+lint: $(VENV)/.package $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist study .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "batchnorm needs Python 3.10 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.package: $(NEEDS) | $(BIN)/python
+	@echo "Installing batchnorm and what it needs into $(VENV) (PyTorch is large: minutes on a slow line)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.%: $(NEEDS) $(VENV)/.package
+	@echo "Installing what 'make $*' needs"
+	@$(PIP) --editable ".[$*]"
+	@touch $@
+
+.PHONY: bench bench-quick
+bench bench-quick: $(VENV)/.package
+	cd benchmarks && ../$(BIN)/python layers.py $(if $(filter bench-quick,$@),--quick)
+	cd benchmarks && ../$(BIN)/python networks.py $(if $(filter bench-quick,$@),--quick)
