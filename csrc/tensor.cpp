@@ -1,7 +1,5 @@
 #include "tensor.hpp"
 
-#include <nanobind/stl/string.h>
-
 #include <string>
 
 #include "dlpack.hpp"
@@ -34,22 +32,23 @@ TensorView from_exchange_api(nb::handle tensor) {
 TensorView from_attributes(nb::handle tensor) {
   TensorView view;
   const nb::object shape = tensor.attr("shape"), strides = tensor.attr("stride")();
-  const std::string dtype = nb::cast<std::string>(nb::str(tensor.attr("dtype")));
-  if (nb::cast<std::string>(nb::str(tensor.attr("device").attr("type"))) != "cpu")
+  const nb::object type = tensor.attr("dtype");
+  const std::string dtype = nb::str(nb::handle(type)).c_str();
+  if (!nb::cast<bool>(nb::object(tensor.attr("is_cpu"))))
     throw nb::type_error("the CPU core got a tensor that is not in the CPU's memory.");
   if (nb::len(shape) > kMostDimensions) throw nb::type_error("the CPU core takes tensors of at most 16 dimensions.");
-  view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(tensor.attr("data_ptr")()));
+  view.data = reinterpret_cast<void*>(nb::cast<uintptr_t>(nb::object(tensor.attr("data_ptr")())));
   view.ndim = static_cast<int>(nb::len(shape));
   for (int i = 0; i < view.ndim; ++i) {
-    view.shape[i] = nb::cast<int64_t>(shape[i]);
-    view.strides[i] = nb::cast<int64_t>(strides[i]);
+    view.shape[i] = nb::cast<int64_t>(nb::object(shape[i]));
+    view.strides[i] = nb::cast<int64_t>(nb::object(strides[i]));
   }
   struct Type { const char* name; uint8_t code, bits; };
-  for (const Type& type : {Type{"torch.float32", 2, 32}, Type{"torch.float64", 2, 64}, Type{"torch.float16", 2, 16},
+  for (const Type& known : {Type{"torch.float32", 2, 32}, Type{"torch.float64", 2, 64}, Type{"torch.float16", 2, 16},
                            Type{"torch.bfloat16", 4, 16}, Type{"torch.bool", 6, 8}, Type{"torch.int64", 0, 64}}) {
-    if (dtype != type.name) continue;
-    view.type_code = type.code;
-    view.type_bits = type.bits;
+    if (dtype != known.name) continue;
+    view.type_code = known.code;
+    view.type_bits = known.bits;
   }
   return view;
 }
