@@ -58,11 +58,15 @@ class Wide {
   std::vector<double> room_;
 };
 
+// What the caller can help by making it contiguous; the functions of the module turn it into their return value.
+struct UnknownStrides {};
+
 Parameter parameter(nb::handle tensor, int64_t channels) {
   const TensorView view = view_of(tensor);
   if (!view.data) return {};
-  require(view.ndim == 1 && view.shape[0] == channels && view.is_float() && (view.strides[0] == 1 || channels == 1),
-          "the CPU core needs contiguous parameters of shape (C,).");
+  require(view.ndim == 1 && view.shape[0] == channels && view.is_float(),
+          "the CPU core needs float parameters of shape (C,).");
+  if (view.strides[0] != 1 && channels > 1) throw UnknownStrides();
   return {view.data, view.dtype()};
 }
 
@@ -82,8 +86,7 @@ void set_mask(Call& call, nb::handle tensor) {
   if (!mask.data) return;
   require(mask.is_bool() && mask.ndim == 3 && mask.shape[0] == call.N && mask.shape[1] == 1 && mask.shape[2] == call.L,
           "the CPU core needs a bool mask of shape (N, 1, L).");
-  require((call.N == 1 || mask.strides[0] == call.L) && (call.L == 1 || mask.strides[2] == 1),
-          "the CPU core needs a contiguous mask.");
+  if ((call.N > 1 && mask.strides[0] != call.L) || (call.L > 1 && mask.strides[2] != 1)) throw UnknownStrides();
   call.mask = static_cast<const uint8_t*>(mask.data);
   int64_t count = 0;
   for (int64_t i = 0; i < call.N * call.L; ++i) count += call.mask[i] != 0;
@@ -104,7 +107,7 @@ void run(void (*kernel)(const Call&), const Call& call) {
 
 // Returns the number of values of each channel that counted, or -1 where the strides are none that the core knows.
 int64_t forward(nb::handle x, nb::handle y, nb::handle residual, nb::handle mask, nb::handle weight, nb::handle bias,
-                nb::handle mean, nb::handle var, double eps, int activation, bool reduces, bool maps, int threads) {
+                nb::handle mean, nb::handle var, double eps, int activation, bool reduces, bool maps, int threads) try {
   Call call;
   const TensorView vx = view_of(x), vy = view_of(y), vr = view_of(residual);
   check_input(vx);
@@ -130,13 +133,42 @@ int64_t forward(nb::handle x, nb::handle y, nb::handle residual, nb::handle mask
   }
   run(kernels().forward, call);
   return call.count;
+} catch (const UnknownStrides&) {
+  return -1;
+}
+
+// Whether an input, its parameters, residual and statistics are what they should be, in the common case: a float tensor
+// (N, C, ...) with a layout that the core knows and more than one value a channel. False for anything else, wrong or
+// rare: the checks in Python then tell which.
+bool is_ordinary(nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual, nb::handle mean,
+                 nb::handle var) {
+  const TensorView vx = view_of(x), vr = view_of(residual);
+  if (!vx.is_float() || vx.type_bits < 16 || vx.ndim < 2 || vx.ndim > 5) return false;
+  const int64_t channels = vx.shape[1];
+  const bool is_half = vx.type_bits == 16;
+  for (nb::handle tensor : {weight, bias, mean, var}) {
+    const TensorView view = view_of(tensor);
+    if (tensor.is_none()) continue;
+    if (!view.is_float() || view.ndim != 1 || view.shape[0] != channels || view.strides[0] != 1) return false;
+    const bool is_parameter = tensor.is(weight) || tensor.is(bias);
+    const bool is_same = view.type_code == vx.type_code && view.type_bits == vx.type_bits;
+    if (is_parameter ? !is_same && !(is_half && view.type_bits == 32) : view.type_bits < 32) return false;
+  }
+  if (vr.data && (vr.ndim != vx.ndim || vr.type_code != vx.type_code || vr.type_bits != vx.type_bits ||
+                  std::memcmp(vr.shape, vx.shape, sizeof vx.shape) != 0))
+    return false;
+  Call call;
+  const TensorView* const views[] = {&vx, &vr};
+  Operand* const operands[] = {&call.x, &call.residual};
+  if (!set_layout(call, views, operands, 2)) return false;
+  return call.C > 0 && (call.N * call.L > 1 || !mean.is_none());
 }
 
 // False where the strides are none that the core knows. sum_dz and sum_dz_xhat: float64, (C,), or None.
 bool backward(nb::handle dy, nb::handle x, nb::handle residual, nb::handle dx, nb::handle dresidual, nb::handle mask,
               nb::handle weight, nb::handle bias, nb::handle mean, nb::handle var, double eps, int activation,
               nb::handle sum_dz, nb::handle sum_dz_xhat, int64_t count, bool reduces, bool maps, bool is_estimated,
-              int threads) {
+              int threads) try {
   Call call;
   const TensorView vx = view_of(x), vdy = view_of(dy), vr = view_of(residual), vdx = view_of(dx);
   const TensorView vdr = view_of(dresidual);
@@ -175,6 +207,8 @@ bool backward(nb::handle dy, nb::handle x, nb::handle residual, nb::handle dx, n
     write(sum_dz_xhat, call.sum_dz_xhat, call.C);
   }
   return true;
+} catch (const UnknownStrides&) {
+  return false;
 }
 
 // See running.hpp. momentum < 0 stands for None, the cumulative average.
@@ -220,6 +254,7 @@ NB_MODULE(_cpu, m) {
   m.def("backward", &backward, T("dy"), T("x"), T("residual"), T("dx"), T("dresidual"), T("mask"), T("weight"),
         T("bias"), T("mean"), T("var"), nb::arg("eps"), nb::arg("activation"), T("sum_dz"), T("sum_dz_xhat"),
         nb::arg("count"), nb::arg("reduces"), nb::arg("maps"), nb::arg("is_estimated"), nb::arg("threads"));
+  m.def("is_ordinary", &is_ordinary, T("x"), T("weight"), T("bias"), T("residual"), T("mean"), T("var"));
   m.def("update_running", &update_running, T("running_mean"), T("running_var"), T("tracked"), T("mean"), T("var"),
         nb::arg("count"), nb::arg("momentum"));
   m.def("set_exchange_api", &set_exchange_api, T("capsule"));

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any, cast, get_args
 
 import torch
@@ -13,7 +12,7 @@ from torch.autograd import forward_ad
 from batchnorm.errors import ArgumentError, DtypeError, ShapeError
 from batchnorm.kernels import reference
 from batchnorm.kernels.contract import Activation, Affine, Backend, Statistics
-from batchnorm.kernels.dispatch import backend_for
+from batchnorm.kernels.dispatch import backend_at_once, backend_for
 from batchnorm.kernels.view import View
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
@@ -81,6 +80,50 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, Alg. 1 and section 3 (backward). We differ in one thing: a large mean is subtracted
         in two parts, so that float32 input with mean 1e4 loses nothing of its normalised values.
     """
+    looks_inside = _must_look_inside()
+    backend: Backend | None = None
+    mask3: torch.Tensor | None = None
+    if not looks_inside and mask is None and channel_axis == 1 and eps >= 0 and activation in _KNOWN:
+        backend = backend_at_once(x, weight, bias, residual, moments)
+    if backend is not None:
+        view = View(x.shape, (1,))
+    else:
+        view = _checked(x, weight, bias, moments, eps, channel_axis, mask, activation, residual)
+        mask3 = None if mask is None else view.fold_mask(mask)
+        if mask3 is not None:
+            x = _without_garbage(x, mask3, view)
+            residual = None if residual is None else _without_garbage(residual, mask3, view)
+    if looks_inside or (moments is not None and _answers_to_gradient(moments)):
+        y, used = _by_operations(x, weight, bias, residual, mask3, moments, view, eps, activation)
+        return _in_memory_format(y, view), used
+    work = _Work(view, backend or backend_for(x), mask3 if moments is None else None, moments, eps, activation)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    ):
+        y = _Normalise.apply(x, weight, bias, residual, work)  # type: ignore[no-untyped-call]
+    else:
+        y = work.forward(x, weight, bias, residual)
+    return _in_memory_format(y, view), work.used
+
+
+_KNOWN = frozenset({None, *get_args(Activation)})
+
+
+def _checked(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    moments: Statistics | None,
+    eps: float,
+    channel_axis: int | tuple[int, ...],
+    mask: torch.Tensor | None,
+    activation: Activation | None,
+    residual: torch.Tensor | None,
+) -> View:
+    """The view of x, after everything that could be wrong was looked at."""
     _check_values(x, eps, activation)
     view = View.of(x, channel_axis)
     _check_channels("weight", weight, view, x)
@@ -89,19 +132,7 @@ def batch_norm(
     _check_mask_dtype(mask)
     if moments is not None:
         _check_moments(moments, view)
-    mask3 = None if mask is None else view.fold_mask(mask)
-    if mask3 is not None:
-        x = _without_garbage(x, mask3, view)
-        residual = None if residual is None else _without_garbage(residual, mask3, view)
-    if _must_look_inside() or (moments is not None and _answers_to_gradient(moments)):
-        y, used = _by_operations(x, weight, bias, residual, mask3, moments, view, eps, activation)
-        return _in_memory_format(y, view), used
-    work = _Work(view, backend_for(x), mask3 if moments is None else None, moments, eps, activation)
-    if torch.is_grad_enabled() and _any_requires_grad(x, weight, bias, residual):
-        y = _Normalise.apply(x, weight, bias, residual, work)  # type: ignore[no-untyped-call]
-    else:
-        y = work.forward(x, weight, bias, residual)
-    return _in_memory_format(y, view), work.used
+    return view
 
 
 def _by_operations(
@@ -174,37 +205,40 @@ def _answers_to_gradient(moments: Statistics) -> bool:
     return torch.is_grad_enabled() and bool(moments.mean.requires_grad or moments.var.requires_grad)
 
 
-def _any_requires_grad(*tensors: torch.Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-@dataclass
 class _Work:
     """One normalisation by a backend: everything about it that autograd has no part in."""
 
-    view: View
-    backend: Backend
-    mask: torch.Tensor | None
-    """(N, 1, L), bool."""
-    given: Statistics | None
-    """What to normalise with; None takes the batch's own."""
-    eps: float
-    activation: Activation | None
+    __slots__ = ("activation", "backend", "eps", "folded", "given", "is_whole", "mask", "used", "view")
 
-    def __post_init__(self) -> None:
-        self.used: Any = self.given
-        self.folded: Any = None if self.given is None else _reshaped(self.given, (-1,))
+    def __init__(
+        self,
+        view: View,
+        backend: Backend,
+        mask: torch.Tensor | None,
+        given: Statistics | None,
+        eps: float,
+        activation: Activation | None,
+    ) -> None:
+        """`mask` is (N, 1, L), bool; `given` is what to normalise with, None takes the batch's own."""
+        self.view, self.mask, self.given, self.eps, self.activation = view, mask, given, eps, activation
+        self.used: Any = given
+        self.folded: Any = None if given is None else _reshaped(given, (-1,))
+        self.set_backend(backend)
+
+    def set_backend(self, backend: Backend) -> None:
+        self.backend = backend
+        self.is_whole = backend.folds and self.view.axes == (1,)
 
     def affine(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> Affine:
         return Affine(_flat(weight), _flat(bias), self.eps, self.activation)
 
     def fold(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        if x is None or (self.backend.folds and self.view.axes == (1,)):
+        if x is None or self.is_whole:
             return x
         return self.view.fold(x)
 
     def unfold(self, y: torch.Tensor | None) -> torch.Tensor | None:
-        if y is None or (self.backend.folds and self.view.axes == (1,)):
+        if y is None or self.is_whole:
             return y
         return self.view.unfold(y)
 
@@ -258,7 +292,7 @@ class _Normalise(torch.autograd.Function):
             return (*_differentiable_backward(ctx, dy, x, weight, bias, residual), None)
         for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
         # The gradient may be transformed where the input was not (is_grads_batched).
-        work.backend = cast(Backend, reference) if _must_look_inside() else backend_for(dy)
+        work.set_backend(cast(Backend, reference) if _must_look_inside() else backend_for(dy))
         backend, mask, is_estimated = work.backend, work.mask, work.given is None
         affine = work.affine(weight, bias)
         dy3, x3 = cast(torch.Tensor, work.fold(dy)), cast(torch.Tensor, work.fold(x))

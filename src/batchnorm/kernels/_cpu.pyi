@@ -42,6 +42,15 @@ def backward(
     threads: int,
     /,
 ) -> bool: ...
+def is_ordinary(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    /,
+) -> bool: ...
 def update_running(
     running_mean: torch.Tensor,
     running_var: torch.Tensor,

@@ -52,20 +52,42 @@ def can_take(x: torch.Tensor) -> bool:
     )
 
 
+def is_ordinary(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    statistics: Statistics | None,
+) -> bool:
+    """Whether these are right and common, found out in the core within a fraction of a microsecond.
+
+    False tells nothing: the public door's own checks then say what is wrong, or that it is only rare.
+    """
+    for tensor in (weight, bias, residual):
+        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
+            return False
+    if statistics is None:
+        return can_take(x) and _cpu.is_ordinary(x, weight, bias, residual, None, None)
+    mean, var = statistics.mean, statistics.var
+    if type(mean) is not torch.Tensor or type(var) is not torch.Tensor or not (mean.is_cpu and var.is_cpu):
+        return False
+    return can_take(x) and _cpu.is_ordinary(x, weight, bias, residual, mean, var)
+
+
 def forward(
     x: torch.Tensor, affine: Affine, residual: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Moments]:
     """See `contract.Backend.forward`; x may be (N, C, ...)."""
     y = torch.empty_like(x)
     mean, var = _new_statistics(x)
-    count = _forward(x, y, residual, mask, mean, var, affine, reduces=True)
+    count = _forward(x, y, residual, mask, mean, var, affine, True)
     return y, Moments(mean, var, count)
 
 
 def stats(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
     """See `contract.Backend.stats`."""
     mean, var = _new_statistics(x)
-    return Moments(mean, var, _forward(x, None, None, mask, mean, var, _NOTHING, reduces=True))
+    return Moments(mean, var, _forward(x, None, None, mask, mean, var, _NOTHING, True))
 
 
 def apply(
@@ -73,7 +95,7 @@ def apply(
 ) -> torch.Tensor:
     """See `contract.Backend.apply`."""
     y = torch.empty_like(x)
-    _forward(x, y, residual, None, _wide(statistics.mean), _wide(statistics.var), affine, reduces=False)
+    _forward(x, y, residual, None, _wide(statistics.mean), _wide(statistics.var), affine, False)
     return y
 
 
@@ -91,8 +113,10 @@ def backward(
     dx = torch.empty_like(x)
     dresidual = None if residual is None else torch.empty_like(x)
     weight = affine.weight
-    is_half = weight is None or weight.dtype not in (torch.float32, torch.float64)
-    sums = _new_sums(x, torch.float64 if is_half or weight is None else weight.dtype)
+    if weight is not None and weight.dtype in _WIDE:
+        sums = BackwardSums(torch.empty_like(weight), torch.empty_like(weight))
+    else:
+        sums = _new_sums(x, torch.float64)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, True, is_estimated)
     return Gradients(dx, dresidual, sums)
 
@@ -140,8 +164,11 @@ def update_running(
     mean, var = running
     if type(batch.count) is not int or mean.dtype not in _WIDE or mean.dtype != var.dtype or mean.ndim != 1:
         return None
-    state = [mean, var] if tracked is None else [mean, var, tracked]
-    if not all(can_write(tensor) for tensor in state):
+    state = (mean, var) if tracked is None else (mean, var, tracked)
+    for tensor in state:
+        if type(tensor) is not torch.Tensor or not tensor.is_cpu or not tensor.is_contiguous():
+            return None
+    if mean.is_inference() or type(batch.mean) is not torch.Tensor or torch._C._len_torch_dispatch_stack():
         return None
     done = _cpu.update_running(
         mean, var, tracked, batch.mean, batch.var, batch.count, -1.0 if momentum is None else momentum
@@ -149,17 +176,6 @@ def update_running(
     # Autograd finds out by this that a tensor it saved has changed.
     torch.autograd.graph.increment_version(state)
     return done
-
-
-def can_write(state: torch.Tensor) -> bool:
-    """Whether the core can change this tensor: plain memory that is its own."""
-    return bool(
-        state.is_cpu
-        and type(state) is torch.Tensor
-        and state.is_contiguous()
-        and not state.is_inference()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
 
 
 def instruction_set() -> str:
@@ -170,9 +186,16 @@ def instruction_set() -> str:
 _NOTHING = Affine(None, None, 0.0, None)
 
 
+_prototypes: dict[int, torch.Tensor] = {}
+"""One (C,) float64 tensor for each C that was met: torch.empty_like of one is faster than torch.empty."""
+
+
 def _new_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     channels = x.shape[1]
-    return torch.empty(channels, dtype=torch.float64), torch.empty(channels, dtype=torch.float64)
+    like = _prototypes.get(channels)
+    if like is None:
+        like = _prototypes[channels] = torch.empty(channels, dtype=torch.float64)
+    return torch.empty_like(like), torch.empty_like(like)
 
 
 def _new_sums(x: torch.Tensor, dtype: torch.dtype) -> BackwardSums:
@@ -188,18 +211,17 @@ def _forward(
     mean: torch.Tensor,
     var: torch.Tensor,
     affine: Affine,
-    *,
     reduces: bool,
 ) -> Any:
     """Runs the core and returns the count as Moments hold it: an int, or a tensor where a mask decides."""
-    weight, bias = _plain(affine.weight), _plain(affine.bias)
-    if mask is not None:
-        mask = mask.contiguous()
-    rest = (mask, weight, bias, mean, var, affine.eps, _ACTIVATIONS[affine.activation], reduces, y is not None)
-    count = _cpu.forward(x, y, residual, *rest, torch.get_num_threads())
+    weight, bias, eps, activation = affine
+    which, threads, maps = _ACTIVATIONS[activation], torch.get_num_threads(), y is not None
+    count = _cpu.forward(x, y, residual, mask, weight, bias, mean, var, eps, which, reduces, maps, threads)
     if count < 0:  # strides that the core does not know
-        whole = torch.empty(x.shape, dtype=x.dtype) if y is not None else None
-        count = _cpu.forward(x.contiguous(), whole, _contiguous(residual), *rest, torch.get_num_threads())
+        whole = None if y is None else torch.empty(x.shape, dtype=x.dtype)
+        inputs = x.contiguous(), whole, _contiguous(residual), _contiguous(mask)
+        parameters = _contiguous(weight), _contiguous(bias), mean.contiguous(), var.contiguous()
+        count = _cpu.forward(*inputs, *parameters, eps, which, reduces, maps, threads)
         if y is not None and whole is not None:
             y.copy_(whole)
     return count if mask is None else torch.full((x.shape[1],), count)
@@ -218,37 +240,34 @@ def _backward(
     reduces: bool,
     is_estimated: bool,
 ) -> None:
-    count = _count(statistics) if is_estimated else -1
+    weight, bias, eps, activation = affine
     # Without an activation the residual's value plays no part.
-    read = residual if affine.activation is not None else None
+    read = None if activation is None else residual
+    mean, var = _wide(statistics.mean), _wide(statistics.var)
     rest = (
-        None if mask is None else mask.contiguous(),
-        _plain(affine.weight),
-        _plain(affine.bias),
-        _wide(statistics.mean),
-        _wide(statistics.var),
-        affine.eps,
-        _ACTIVATIONS[affine.activation],
+        eps,
+        _ACTIVATIONS[activation],
         *((None, None) if sums is None else sums),
-        count,
+        _count(statistics) if is_estimated else -1,
         reduces,
         dx is not None,
         is_estimated,
         torch.get_num_threads(),
     )
-    if _cpu.backward(dy, x, read, dx, dresidual, *rest):
+    if _cpu.backward(dy, x, read, dx, dresidual, mask, weight, bias, mean, var, *rest):
         return
     # The gradient comes in another layout than x, as a rule; or x itself has strides that the core does not know.
-    if dx is None or not _cpu.backward(
-        _like(dy, dx), x, None if read is None else _like(read, dx), dx, dresidual, *rest
-    ):
-        inputs = (dy.contiguous(), x.contiguous(), _contiguous(read))
-        whole = torch.empty(x.shape, dtype=x.dtype) if dx is not None else None
-        whole_residual = torch.empty(x.shape, dtype=x.dtype) if dresidual is not None else None
-        _cpu.backward(*inputs, whole, whole_residual, *rest)
-        for to, result in ((dx, whole), (dresidual, whole_residual)):
-            if to is not None and result is not None:
-                to.copy_(result)
+    given = _contiguous(mask), _contiguous(weight), _contiguous(bias), mean.contiguous(), var.contiguous()
+    like = torch.empty_like(x) if dx is None else dx
+    dy_like, read_like = _like(dy, like), None if read is None else _like(read, like)
+    if _cpu.backward(dy_like, x, read_like, dx, dresidual, *given, *rest):
+        return
+    whole = None if dx is None else torch.empty(x.shape, dtype=x.dtype)
+    whole_residual = None if dresidual is None else torch.empty(x.shape, dtype=x.dtype)
+    _cpu.backward(dy.contiguous(), x.contiguous(), _contiguous(read), whole, whole_residual, *given, *rest)
+    for to, result in ((dx, whole), (dresidual, whole_residual)):
+        if to is not None and result is not None:
+            to.copy_(result)
 
 
 def _count(statistics: Statistics) -> int:
@@ -261,10 +280,6 @@ def _count(statistics: Statistics) -> int:
 
 def _wide(statistic: torch.Tensor) -> torch.Tensor:
     return statistic if statistic.dtype in _WIDE else statistic.float()
-
-
-def _plain(parameter: torch.Tensor | None) -> torch.Tensor | None:
-    return parameter if parameter is None or parameter.is_contiguous() else parameter.contiguous()
 
 
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

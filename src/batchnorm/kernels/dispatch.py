@@ -12,7 +12,7 @@ import torch
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Backend
+from batchnorm.kernels.contract import Backend, Statistics
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -47,6 +47,22 @@ def backend_for(x: torch.Tensor) -> Backend:
             'pass a plain float tensor on the CPU, or set_backend("auto").'
         )
     return _reference
+
+
+def backend_at_once(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    statistics: Statistics | None,
+) -> Backend | None:
+    """`backend_for(x)` where that vouches for these (N, C, ...) operands: right, and taken as they are.
+
+    None where nobody does: the operands must be checked.
+    """
+    if _cpu is None or _name == "reference" or not isinstance(x, torch.Tensor):
+        return None
+    return _cpu if cpu.is_ordinary(x, weight, bias, residual, statistics) else None
 
 
 def update_running(

@@ -113,10 +113,13 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             return self._record_as_one_node(input, residual, mask)
         if not _is_traced():  # there sizes are tensors, and looking at one warns
             self._check_input_dim(input)
-        uses_batch = self.training or (self.running_mean is None and self.running_var is None)
-        if not uses_batch and self._is_exported():
-            return self._as_one_operator(input, residual)
-        running = None if uses_batch else Running(self.running_mean, self.running_var)
+        running: Running | None = None
+        if not self.training:
+            mean, var = self.running_mean, self.running_var
+            if mean is not None or var is not None:
+                if self._is_exported():
+                    return self._as_one_operator(input, residual)
+                running = Running(mean, var)
         y, moments = batch_norm(
             input,
             self.weight,
@@ -134,9 +137,10 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
     def _commit(self, batch: Moments) -> None:
         """Takes a batch into the running statistics: the one place in which the layer's state changes."""
-        if self.running_mean is None or self.running_var is None or is_recomputed():
+        mean, var = self.running_mean, self.running_var  # each look costs as much as a small kernel
+        if mean is None or var is None or is_recomputed():
             return
-        buffers = Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
+        buffers = Buffers(mean, var, self.num_batches_tracked)
         if not commit(buffers, batch, self.momentum) and not self._has_warned:
             self._has_warned = True
             warnings.warn(
@@ -154,6 +158,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 f"{tuple(input.shape)}). Use BatchNorm1d for (N, C) and (N, C, L), BatchNorm2d for (N, C, H, W), "
                 "BatchNorm3d for (N, C, D, H, W), BatchNorm for any rank and channel axis."
             )
+        if self.channel_axis == 1 and input.dim() > 1 and input.shape[1] == self.num_features:
+            return
         axes = self.channel_axis if isinstance(self.channel_axis, tuple) else (self.channel_axis,)
         expected_sizes = self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
         if any(not -input.dim() <= axis < input.dim() for axis in axes):

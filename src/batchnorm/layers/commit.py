@@ -45,8 +45,8 @@ def commit(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         False where the batch was left out because it is not finite and that can be known without stopping an
         accelerator or a compiler; True otherwise.
     """
-    if can_read(buffers.running_mean):
-        done = update_running(Running(*buffers[:2]), buffers.num_batches_tracked, batch, momentum)
+    if not torch.compiler.is_compiling():
+        done = update_running(Running(buffers[0], buffers[1]), buffers[2], batch, momentum)
         if done is not None:
             return done
     with torch.no_grad():
