@@ -13,9 +13,10 @@ from torch.fx import Proxy
 
 from batchnorm.errors import ArgumentError, ShapeError, StatisticsWarning
 from batchnorm.functional import batch_norm, check_activation
-from batchnorm.kernels.contract import Activation
+from batchnorm.kernels.contract import Activation, Statistics
 from batchnorm.kernels.reference import activate
 from batchnorm.layers.commit import Buffers, commit, is_recomputed
+from batchnorm.stats.distributed import Ranks
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -116,21 +117,40 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         uses_batch = self.training or (self.running_mean is None and self.running_var is None)
         if not uses_batch and self._is_exported():
             return self._as_one_operator(input, residual)
-        running = None if uses_batch else Running(self.running_mean, self.running_var)
-        y, moments = batch_norm(
+        if not uses_batch:
+            running = Running(self.running_mean, self.running_var)
+            return self._normalise(input, residual, mask, moments=running)[0]
+        y, moments = self._by_batch(input, residual, mask)
+        if self.training and self.track_running_stats:
+            self._commit(moments)
+        return y
+
+    def _by_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
+        """The output, and the Moments to commit, where the batch's own statistics count; other layers do it otherwise."""
+        y, moments = self._normalise(input, residual, mask)
+        return y, cast(Moments, moments)
+
+    def _normalise(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        *,
+        moments: Statistics | None = None,
+        ranks: Ranks | None = None,
+    ) -> tuple[Tensor, Statistics]:
+        return batch_norm(
             input,
             self.weight,
             self.bias,
-            moments=running,
+            moments=moments,
             eps=self.eps,
             channel_axis=self.channel_axis,
             mask=mask,
             activation=self.activation,
             residual=residual,
+            ranks=ranks,
         )
-        if self.training and self.track_running_stats:
-            self._commit(cast(Moments, moments))
-        return y
 
     def _commit(self, batch: Moments) -> None:
         """Takes a batch into the running statistics: the one place in which the layer's state changes."""
