@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 
 from batchnorm.errors import ArgumentError
 from batchnorm.lab.claim import Measure, Record
+from batchnorm.reporting.numbers import interval, quantity
 
 _CONFIDENCE = 0.95
 
@@ -63,6 +64,28 @@ def find(measures: Iterable[Measure], name: str) -> Measure:
         if measure.name == name:
             return measure
     raise ArgumentError(f"expected a measure {name!r}, there are {[measure.name for measure in measures]}")
+
+
+def said(measure: Measure) -> str:
+    r"""A measure as it stands in a sentence.
+
+    >>> said(measure_over_seeds("width", "width", "decades", [2.0, 2.5, 2.1]))
+    '2.20\xa0decades (95 % interval 1.54 to 2.86)'
+    """
+    around = f" (95 % interval {interval(measure.low, measure.high)})" if len(measure.values) > 1 else " (one seed)"
+    return quantity(measure.mean, measure.unit) + around
+
+
+def accuracy_over_seeds(name: str, label: str, records: Sequence[Record]) -> Measure:
+    """Final test accuracy, in %, of one record for each seed."""
+    return measure_over_seeds(name, label, "%", [100 * last(record, "test_accuracy") for record in records])
+
+
+def gain_over_seeds(name: str, label: str, ours: Sequence[Record], theirs: Sequence[Record]) -> Measure:
+    """How much higher the final test accuracy of `ours` is, seed by seed, in percentage points."""
+    pairs = zip(ours, theirs, strict=True)
+    values = [100 * (last(one, "test_accuracy") - last(other, "test_accuracy")) for one, other in pairs]
+    return measure_over_seeds(name, label, "points", values)
 
 
 def of_arm(records: Iterable[Record], arm: str) -> list[Record]:
@@ -123,6 +146,22 @@ def steps_to(record: Record, level: float, curve: str) -> int | None:
         if value is not None and value >= level:
             return int(step)
     return None
+
+
+def longest_window(passes: Sequence[bool]) -> tuple[int, int]:
+    """The longest run of neighbours that pass, as (first, number); of several the first, and (0, 0) if none passes.
+
+    >>> longest_window([True, False, True, True, False])
+    (2, 2)
+    """
+    best, start = (0, 0), 0
+    for place, is_passed in enumerate([*passes, False]):
+        if is_passed:
+            continue
+        if place - start > best[1]:
+            best = (start, place - start)
+        start = place + 1
+    return best
 
 
 def _interval(name: str, values: Sequence[float]) -> tuple[float, float, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from batchnorm.lab.claim import Claim
+from batchnorm.lab.claims import feature_scaling, sigmoid_steps, vanishing_gradients
 
-CLAIMS: tuple[Claim, ...] = ()
+CLAIMS: tuple[Claim, ...] = (feature_scaling, sigmoid_steps, vanishing_gradients)
 
 __all__ = ["CLAIMS"]
