@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from batchnorm.layers.batch_norm import BatchNorm2d as BatchNorm2d
     from batchnorm.layers.batch_norm import BatchNorm3d as BatchNorm3d
     from batchnorm.layers.feature import FeatureNormalization as FeatureNormalization
+    from batchnorm.layers.sync import SyncBatchNorm as SyncBatchNorm
     from batchnorm.stats.moments import Moments as Moments
 
 __version__ = "0.1.0"
@@ -27,9 +28,19 @@ _HOMES = {
     "BatchNorm3d": "batchnorm.layers.batch_norm",
     "FeatureNormalization": "batchnorm.layers.feature",
     "Moments": "batchnorm.stats.moments",
+    "SyncBatchNorm": "batchnorm.layers.sync",
 }
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FeatureNormalization", "Moments", "batch_norm"]
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "FeatureNormalization",
+    "Moments",
+    "SyncBatchNorm",
+    "batch_norm",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -126,7 +126,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return y
 
     def _by_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
-        """The output, and the Moments to commit, where the batch's own statistics count; other layers do it otherwise."""
+        """The output, and the Moments to commit, where the batch's own statistics count."""
         y, moments = self._normalise(input, residual, mask)
         return y, cast(Moments, moments)
 
