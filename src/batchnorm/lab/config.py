@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -133,6 +133,19 @@ def spaced_steps(steps: int, first: int, factor: float) -> tuple[int, ...]:
             found.append(round(exact))
         exact *= factor
     return (*found, steps)
+
+
+def at_least(seeds: Sequence[int], number: int) -> tuple[int, ...]:
+    """The seeds, joined by the first natural numbers where they are fewer than `number`: for claims with cheap runs.
+
+    >>> at_least([0, 7], 4)
+    (0, 1, 2, 7)
+    """
+    found = dict.fromkeys(seeds)
+    for seed in range(number):
+        if len(found) < number:
+            found.setdefault(seed)
+    return tuple(sorted(found))
 
 
 def stacked(runs: Iterable[Run], *, largest: int = 40) -> list[Job]:

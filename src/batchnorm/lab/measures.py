@@ -148,20 +148,36 @@ def steps_to(record: Record, level: float, curve: str) -> int | None:
     return None
 
 
-def longest_window(passes: Sequence[bool]) -> tuple[int, int]:
-    """The longest run of neighbours that pass, as (first, number); of several the first, and (0, 0) if none passes.
+def window(places: Sequence[float], heights: Sequence[float], level: float) -> tuple[float, float] | None:
+    """The widest stretch in which a curve is at least at a level.
 
-    >>> longest_window([True, False, True, True, False])
-    (2, 2)
+    Args:
+        places: Where the curve is known, ascending (logarithms, for a quantity that spans powers of ten).
+        heights: The curve, one value for each place.
+        level: The level.
+
+    Returns:
+        Its two ends, interpolated linearly between the last place below the level and the first one above it, or the
+        first or last place of all; None if the curve is nowhere at the level.
+
+    >>> window([0, 1, 2, 3], [0.0, 1.0, 1.0, 0.5], 0.75)
+    (0.75, 2.5)
     """
-    best, start = (0, 0), 0
-    for place, is_passed in enumerate([*passes, False]):
-        if is_passed:
+    stretches, start = [], 0
+    for at, height in enumerate([*heights, -math.inf]):
+        if height >= level:
             continue
-        if place - start > best[1]:
-            best = (start, place - start)
-        start = place + 1
-    return best
+        if at > start:
+            low = _crossing(places, heights, level, start, start - 1) if start > 0 else float(places[0])
+            high = _crossing(places, heights, level, at - 1, at) if at < len(places) else float(places[-1])
+            stretches.append((low, high))
+        start = at + 1
+    return max(stretches, key=lambda stretch: stretch[1] - stretch[0], default=None)
+
+
+def _crossing(places: Sequence[float], heights: Sequence[float], level: float, inside: int, outside: int) -> float:
+    share = (heights[inside] - level) / (heights[inside] - heights[outside])
+    return places[inside] + share * (places[outside] - places[inside])
 
 
 def _interval(name: str, values: Sequence[float]) -> tuple[float, float, float]:
