@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     from batchnorm.layers.batch_norm import BatchNorm1d as BatchNorm1d
     from batchnorm.layers.batch_norm import BatchNorm2d as BatchNorm2d
     from batchnorm.layers.batch_norm import BatchNorm3d as BatchNorm3d
+    from batchnorm.layers.decorrelated import DecorrelatedBatchNorm as DecorrelatedBatchNorm
+    from batchnorm.layers.domain import DomainBatchNorm as DomainBatchNorm
+    from batchnorm.layers.domain import use_domain as use_domain
     from batchnorm.layers.feature import FeatureNormalization as FeatureNormalization
+    from batchnorm.layers.frozen import FrozenBatchNorm as FrozenBatchNorm
+    from batchnorm.layers.ghost import GhostBatchNorm as GhostBatchNorm
+    from batchnorm.layers.renorm import BatchRenorm as BatchRenorm
     from batchnorm.layers.sync import SyncBatchNorm as SyncBatchNorm
     from batchnorm.stats.moments import Moments as Moments
 
@@ -28,6 +34,12 @@ _HOMES = {
     "BatchNorm3d": "batchnorm.layers.batch_norm",
     "FeatureNormalization": "batchnorm.layers.feature",
     "Moments": "batchnorm.stats.moments",
+    "GhostBatchNorm": "batchnorm.layers.ghost",
+    "BatchRenorm": "batchnorm.layers.renorm",
+    "DecorrelatedBatchNorm": "batchnorm.layers.decorrelated",
+    "FrozenBatchNorm": "batchnorm.layers.frozen",
+    "DomainBatchNorm": "batchnorm.layers.domain",
+    "use_domain": "batchnorm.layers.domain",
     "SyncBatchNorm": "batchnorm.layers.sync",
 }
 
@@ -36,10 +48,16 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
+    "DecorrelatedBatchNorm",
+    "DomainBatchNorm",
     "FeatureNormalization",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
     "Moments",
     "SyncBatchNorm",
     "batch_norm",
+    "use_domain",
 ]
 
 

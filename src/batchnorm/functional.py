@@ -103,6 +103,27 @@ def batch_norm(
     return _in_memory_format(view.unfold(y3), view), _reshaped(used, view.channels)
 
 
+def batch_moments(
+    x: torch.Tensor, *, channel_axis: int | tuple[int, ...] = 1, mask: torch.Tensor | None = None
+) -> Moments:
+    """The Moments with which `batch_norm` would normalise `x`, detached; arguments and errors as there.
+
+    Returns:
+        Moments, shape of the channel axes, mean and var float64.
+
+    Example:
+        >>> batch_moments(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).mean.tolist()
+        [2.0, 20.0]
+    """
+    _check_values(x, 0.0, None)
+    _check_mask_dtype(mask)
+    view = View.of(x, channel_axis)
+    mask3 = None if mask is None else view.fold_mask(mask)
+    with torch.no_grad():
+        moments: Moments = _reshaped(_stats(view.fold(x.detach()), mask3, None), view.channels)
+    return moments
+
+
 def _normalise_by_itself(
     x: torch.Tensor,
     residual: torch.Tensor | None,
