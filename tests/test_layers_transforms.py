@@ -241,6 +241,26 @@ def test_a_checkpointed_segment_commits_once(kind, momentum):
     _assert_same_buffers(segment, plain)
 
 
+def test_a_segment_checkpointed_inside_of_a_compiled_function_commits_once():
+    """The other way round, a compiled segment that is checkpointed from outside, commits twice: a known limit."""
+    torch._dynamo.reset()
+    segment = nn.Sequential(nn.Linear(3, 3), BatchNorm1d(3))
+    plain = copy.deepcopy(segment)
+    step = torch.compile(lambda x: checkpoint(segment, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 3, requires_grad=True)
+    step(x).pow(3).sum().backward()
+    plain(x)
+    _assert_same_buffers(segment, plain)
+
+
+def test_double_backward_through_a_checkpoint_commits_once():
+    layer = BatchNorm1d(3, activation="silu")
+    x = torch.randn(8, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).pow(2).sum(), x, create_graph=True)
+    dx.pow(2).sum().backward()
+    assert int(layer.num_batches_tracked) == 1
+
+
 def test_a_forward_after_backward_commits_again():
     layer = BatchNorm1d(3)
     for count in (1, 2, 3):

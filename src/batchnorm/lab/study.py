@@ -124,7 +124,8 @@ def _trained(
     parallel = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
     results = parallel(delayed(_work)(asked[number].claim.run, number, job) for number, job in tasks)
     try:
-        for result in results:  # not "yield from", which would close `results` before the filter below stands
+        # Not "yield from", which would close `results` before the filter below stands.
+        for result in results:  # noqa: UP028
             yield result
     finally:
         with warnings.catch_warnings():
