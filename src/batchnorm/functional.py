@@ -386,5 +386,5 @@ def _reshaped(statistics: Any, shape: tuple[int, ...]) -> Any:
     parts = {"mean": statistics.mean.reshape(shape), "var": statistics.var.reshape(shape)}
     if isinstance(statistics, Moments):
         count: Any = statistics.count
-        return Moments(**parts, count=count.reshape(shape) if getattr(count, "ndim", 0) else count)
+        return Moments(**parts, count=count.reshape(shape) if isinstance(count, torch.Tensor) and count.ndim else count)
     return type(statistics)(**parts)

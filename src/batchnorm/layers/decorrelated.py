@@ -16,7 +16,7 @@ from batchnorm.kernels.reference import activate
 from batchnorm.kernels.view import View
 from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
 from batchnorm.layers.precision import widened
-from batchnorm.layers.shapes import check_channels
+from batchnorm.layers.shapes import check_channels, in_format_of
 from batchnorm.layers.tracing import as_one_node, is_traced
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.whitening import newton, zca
@@ -157,7 +157,7 @@ class DecorrelatedBatchNorm(torch.nn.Module):
             z = z + self.bias[:, None, None]
         y = view.unfold(z.movedim(0, 1))
         y = activate(y if residual is None else y + residual, self.activation)
-        return y.to(input.dtype).contiguous()
+        return in_format_of(input, y.to(input.dtype))
 
     def _whitening(self, covariance: Tensor) -> Tensor:
         wide = covariance if covariance.device.type == "mps" else covariance.double()

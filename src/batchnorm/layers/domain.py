@@ -90,7 +90,7 @@ class DomainBatchNorm(torch.nn.Module):
             )
         self._domain = domains[0]
         self._share_weights()
-        self.register_load_state_dict_post_hook(_share_again)
+        self.register_load_state_dict_post_hook(_share_again)  # type: ignore[no-untyped-call]
 
     @property
     def domain(self) -> str:
@@ -168,7 +168,7 @@ def use_domain(model: torch.nn.Module, domain: str) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, DomainBatchNorm)]
     if not layers:
         raise ArgumentError(
-            f"there is no DomainBatchNorm in this {type(model).__name__}: put some in, or leave this out."
+            f"there is no DomainBatchNorm in this {type(model).__name__}: use_domain has nothing to do."
         )
     before = [layer.domain for layer in layers]
     try:

@@ -21,8 +21,8 @@ class FrozenBatchNorm(torch.nn.Module):
     """Batch normalization with fixed statistics and fixed weights, in training as in evaluation.
 
     y = activation((x - running_mean) / sqrt(running_var + eps) * weight + bias + residual), whatever train() and eval()
-    say. All five tensors are buffers under the names of torch.nn's BatchNorm layers, so that their checkpoints load, and
-    go back; there is nothing to train, and no optimizer, weight decay or update of statistics finds anything to move.
+    say. All five tensors are buffers under the names of torch.nn's BatchNorm layers, so that their checkpoints load
+    and go back; there is nothing to train, and no optimizer or weight decay finds anything to move.
     It is no torch.nn BatchNorm layer to isinstance: tools that reset or refresh running statistics pass it over.
 
     Args:
@@ -50,7 +50,7 @@ class FrozenBatchNorm(torch.nn.Module):
         >>> list(frozen.train().parameters())
         []
 
-    Source: Ioffe & Szegedy 2015, Alg. 2, line 11; He et al. 2016 (arXiv 1512.03385), appendix A (fixed BN in detection).
+    Source: Ioffe & Szegedy 2015, Alg. 2, line 11; He et al. 2016 (arXiv 1512.03385), appendix A (fixed, for detection).
     """
 
     weight: Tensor | None

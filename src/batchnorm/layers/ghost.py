@@ -13,6 +13,7 @@ from batchnorm.functional import batch_norm
 from batchnorm.kernels.contract import Activation
 from batchnorm.kernels.view import View
 from batchnorm.layers.batch_norm import BatchNorm
+from batchnorm.layers.shapes import in_format_of
 from batchnorm.stats.moments import Moments
 
 
@@ -88,7 +89,7 @@ class GhostBatchNorm(BatchNorm):
         if not others:
             return super()._by_batch(input, residual, mask)
         batch_axis = others[0]
-        per_example = math.prod(input.shape[axis] for axis in others[1:])
+        per_example = math.prod([input.shape[axis] for axis in others[1:]])
         cuts = _cuts(input.shape[batch_axis], per_example, self.ghost_size)
         if mask is not None:
             mask = _whole(mask, [input.shape[axis] for axis in others], input)
@@ -96,7 +97,7 @@ class GhostBatchNorm(BatchNorm):
             cuts = [single for cut in cuts for single in cut.apart()]
         parts = [self._stack(cut, input, residual, mask, channels, batch_axis) for cut in cuts]
         y = parts[0][0] if len(parts) == 1 else torch.cat([part for part, _ in parts], batch_axis)
-        return _in_format_of(input, y), Moments.merge(*(moments for _, moments in parts))
+        return in_format_of(input, y), Moments.merge(*(moments for _, moments in parts))
 
     def _stack(
         self,
@@ -168,10 +169,3 @@ def _whole(mask: Tensor, others: list[int], input: Tensor) -> Tensor:
             f"mask of shape {tuple(mask.shape)} does not fit an input of shape {tuple(input.shape)}: "
             f"it must have the input's shape without its channel axis, {tuple(others)}, or broadcast to it."
         ) from None
-
-
-def _in_format_of(input: Tensor, y: Tensor) -> Tensor:
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.ndim)
-    if last is not None and input.is_contiguous(memory_format=last) and not input.is_contiguous():
-        return y.contiguous(memory_format=last)
-    return y

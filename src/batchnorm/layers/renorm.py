@@ -25,8 +25,8 @@ class BatchRenorm(BatchNorm):
     """Batch normalization that corrects each batch's statistics towards the running ones, which evaluation uses.
 
     y = activation(((x - mean) / s * r + d) * weight + bias + residual), s = sqrt(var + eps) of the batch,
-    r = s / sqrt(running_var + eps) within [1 / r_max, r_max], d = (mean - running_mean) / sqrt(running_var + eps) within
-    [-d_max, d_max]. r and d are constants to the gradient; mean and s are not. Without the bounds training and
+    r = s / sqrt(running_var + eps) within [1 / r_max, r_max], d = (mean - running_mean) / sqrt(running_var + eps)
+    within [-d_max, d_max]. r and d are constants to the gradient; mean and s are not. Without the bounds training and
     evaluation give the same output; with r_max = 1 and d_max = 0 it is BatchNorm.
 
     The schedule counts the batches that entered the running statistics, num_batches_tracked: the state of the layer is

@@ -1,4 +1,4 @@
-"""What a layer asks of its input's shape."""
+"""What a layer asks of its input's shape, and the memory format it answers in."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ class HasChannels(Protocol):
     """A layer with channels on some axes."""
 
     @property
-    def num_features(self) -> int | tuple[int, ...]: ...
+    def num_features(self) -> int | tuple[int, ...]:
+        """Their number, or the sizes of several axes."""
+        ...
 
     @property
-    def channel_axis(self) -> int | tuple[int, ...]: ...
+    def channel_axis(self) -> int | tuple[int, ...]:
+        """Where they are."""
+        ...
 
 
 def check_channels(layer: HasChannels, input: torch.Tensor) -> None:
@@ -35,3 +39,11 @@ def check_channels(layer: HasChannels, input: torch.Tensor) -> None:
             f"{sizes if len(sizes) > 1 else sizes[0]} (input of shape {shape}): make the layer with "
             "num_features of that size, or check the order of the input's axes."
         )
+
+
+def in_format_of(input: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """`y`, of the input's shape, in channels-last memory where the input is, and contiguous elsewhere."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(input.ndim)
+    if last is not None and input.is_contiguous(memory_format=last) and not input.is_contiguous():
+        return y.contiguous(memory_format=last)
+    return y.contiguous()

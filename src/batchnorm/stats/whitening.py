@@ -9,11 +9,11 @@ from torch.autograd.function import once_differentiable
 
 
 def zca(covariance: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
-    """(covariance + eps I)^(-1/2), exact: U diag(1 / sqrt(lambda)) U^T; of all whitenings the one that moves the data least.
+    """(covariance + eps I)^(-1/2), exact: U diag(1 / sqrt(lambda)) U^T.
 
-    Its gradient is the closed form for a function of a symmetric matrix, and has no differences of eigenvalues in its
-    denominators: equal eigenvalues, where the gradient through eigenvectors is NaN, do no harm. It is differentiable
-    once.
+    Of all whitenings it is the one that moves the data least. Its gradient is the closed form for a function of a
+    symmetric matrix, and has no differences of eigenvalues in its denominators: equal eigenvalues, where the gradient
+    through eigenvectors is NaN, do no harm. It is differentiable once.
 
     Args:
         covariance: (..., d, d), float, symmetric, positive semidefinite; eigenvalues that rounding made negative are
@@ -35,7 +35,7 @@ def zca(covariance: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
 
 
 def newton(covariance: torch.Tensor, eps: float = 0.0, iterations: int = 5) -> torch.Tensor:
-    """About (covariance + eps I)^(-1/2), by Newton's iteration on the matrix divided by its trace; matrix products only.
+    """About (covariance + eps I)^(-1/2), by Newton's iteration: matrix products only.
 
     P_0 = I, P_k = (3 P_(k-1) - P_(k-1)^3 S) / 2, S = covariance / trace; result P_T / sqrt(trace). Large eigenvalues
     converge first: with few iterations directions of small variance stay smaller than 1, which is gentler than exact
