@@ -241,8 +241,24 @@ def test_a_checkpointed_segment_commits_once(kind, momentum):
     _assert_same_buffers(segment, plain)
 
 
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_compiled_layer_checkpointed_from_outside_commits_once(use_reentrant, momentum):
+    torch._dynamo.reset()
+    layer, twin = BatchNorm1d(3, momentum=momentum), BatchNorm1d(3, momentum=momentum)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(8, 3, requires_grad=True)
+        checkpoint(compiled, x, use_reentrant=use_reentrant).square().sum().backward()
+        twin(x)
+    _assert_same_buffers(layer, twin)
+
+
+def test_the_operator_of_compiled_commits_is_sound():
+    torch.library.opcheck(torch.ops.batchnorm.is_first_pass, (torch.randn(3),))
+
+
 def test_a_segment_checkpointed_inside_of_a_compiled_function_commits_once():
-    """The other way round, a compiled segment that is checkpointed from outside, commits twice: a known limit."""
     torch._dynamo.reset()
     segment = nn.Sequential(nn.Linear(3, 3), BatchNorm1d(3))
     plain = copy.deepcopy(segment)

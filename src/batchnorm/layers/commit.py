@@ -25,10 +25,26 @@ class Buffers(NamedTuple):
 
 
 def is_recomputed() -> bool:
-    """Whether this forward runs inside a backward pass: a checkpointed segment, computed for the second time."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether this forward runs inside a backward pass: a checkpointed segment, computed for the second time.
+
+    Compiled code cannot ask while it is being compiled; it asks when it runs, through `_is_first_pass`.
+    """
+    return not torch.compiler.is_compiling() and _runs_in_backward()
+
+
+def _runs_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+@torch.library.custom_op("batchnorm::is_first_pass", mutates_args=())
+def _is_first_pass(batch: torch.Tensor) -> torch.Tensor:
+    """Scalar bool: False where compiled code recomputes a checkpointed segment; takes `batch` to be no constant."""
+    return batch.new_full((), not _runs_in_backward(), dtype=torch.bool)
+
+
+@_is_first_pass.register_fake
+def _(batch: torch.Tensor) -> torch.Tensor:
+    return batch.new_empty((), dtype=torch.bool)
 
 
 def commit(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
@@ -81,6 +97,8 @@ def _write(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         is_usable = is_usable & (batch.count > 1).all()
     if _known(~is_usable):
         return False
+    if torch.compiler.is_compiling() and not _is_exporting():
+        is_usable = is_usable & _is_first_pass(batch.mean)
     running = Running(running_mean, running_var)
     if momentum is None:
         if tracked is None:
@@ -96,6 +114,11 @@ def _write(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         is_counted = is_usable | _no_values(batch.count)
         tracked.add_(is_counted.to(tracked.dtype))
     return True
+
+
+def _is_exporting() -> bool:
+    # torch.compiler.is_exporting came with torch 2.7.
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 
 
 def _no_values(count: Any) -> bool | torch.Tensor:
