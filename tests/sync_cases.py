@@ -97,6 +97,7 @@ def all_cases(rank: int) -> dict[str, object]:
     found["groups"] = _two_groups(rank)
     found["checkpoint"] = _checkpointed(rank)
     found["double backward"] = _gradient_penalty(rank)
+    found["collectives"] = _collectives(rank)
     found["nan"] = _not_finite(rank)
     found["ddp"] = twenty_steps(rank, is_wrapped=True)
     return found
@@ -125,6 +126,16 @@ def _checkpointed(rank: int) -> dict[str, object]:
     x = values_of(rank).requires_grad_()
     checkpoint(layer, x, use_reentrant=False).square().sum().backward()
     return {"tracked": layer.num_batches_tracked, "mean": layer.running_mean}
+
+
+def _collectives(rank: int) -> list[str]:
+    """The names of the collective operations of one forward and backward, in order."""
+    x = values_of(rank).requires_grad_()
+    layer = SyncBatchNorm(2, dtype=torch.float64)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        layer(x).sum().backward()
+    names = [event.name for event in sorted(profile.events(), key=lambda event: event.time_range.start)]
+    return [name for name in names if name.startswith("c10d::")]
 
 
 def _gradient_penalty(rank: int) -> dict[str, object]:

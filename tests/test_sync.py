@@ -118,6 +118,13 @@ def test_checkpointed_segments_commit_once(found):
         _close(result["checkpoint"]["mean"], 0.1 * whole.mean(0))
 
 
+def test_one_collective_operation_forward_and_one_backward(found):
+    for result in found:
+        forward, backward = result["collectives"]
+        assert "allgather" in forward
+        assert "allreduce" in backward
+
+
 def test_gradients_of_gradients(found):
     whole = torch.cat([sync_cases.values_of(rank) for rank in range(WORLD)]).requires_grad_()
     layer = BatchNorm(2, dtype=torch.float64, activation="tanh")

@@ -53,8 +53,8 @@ class DomainBatchNorm(torch.nn.Module):
         >>> [int(one.num_batches_tracked) for one in layer.domains.values()]
         [0, 1]
 
-    Source: Li et al. 2016 (arXiv 1603.04779), section 3 (AdaBN: statistics by domain); Chang et al. 2019 (arXiv
-    1906.03950), section 3.2 (DSBN), where weight and bias are by domain too.
+    Source: Li et al. 2016 (arXiv 1603.04779, AdaBN: statistics by domain); Chang et al. 2019 (arXiv
+    1906.03950, DSBN), where weight and bias are by domain too.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class SyncBatchNorm(BatchNorm):
         >>> layer(torch.randn(4, 8, 5)).shape
         torch.Size([4, 8, 5])
 
-    Source: Peng et al. 2018, "MegDet", section 3.2 (cross-GPU batch normalization), with their two all_reduces of sum
+    Source: Peng et al. 2018, "MegDet" (cross-GPU batch normalization), with their two all_reduces of sum
     and squared sum replaced by one all_gather of Moments, which do not cancel.
     """
 

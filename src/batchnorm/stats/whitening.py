@@ -23,7 +23,7 @@ def zca(covariance: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
     Returns:
         Shape and dtype of `covariance`.
 
-    Source: Huang et al. 2018 (arXiv 1804.08450), section 3.2 (ZCA whitening); Higham 2008, "Functions of Matrices",
+    Source: Huang et al. 2018 (arXiv 1804.08450, ZCA whitening); Higham 2008, "Functions of Matrices",
         theorem 3.11 (Daleckii and Krein), for the gradient.
 
     Example:
