@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from batchnorm.layers.batch_norm import BatchNorm2d as BatchNorm2d
     from batchnorm.layers.batch_norm import BatchNorm3d as BatchNorm3d
     from batchnorm.layers.feature import FeatureNormalization as FeatureNormalization
+    from batchnorm.layers.transactions import transaction as transaction
+    from batchnorm.layers.weight_decay import parameter_groups as parameter_groups
+    from batchnorm.recalibration.estimation import recalibrate as recalibrate
+    from batchnorm.recalibration.federation import merge_statistics as merge_statistics
     from batchnorm.stats.moments import Moments as Moments
+    from batchnorm.surgery.freezing import freeze as freeze
+    from batchnorm.surgery.freezing import unfreeze as unfreeze
 
 __version__ = "0.1.0"
 
@@ -27,9 +33,29 @@ _HOMES = {
     "BatchNorm3d": "batchnorm.layers.batch_norm",
     "FeatureNormalization": "batchnorm.layers.feature",
     "Moments": "batchnorm.stats.moments",
+    "freeze": "batchnorm.surgery.freezing",
+    "merge_statistics": "batchnorm.recalibration.federation",
+    "parameter_groups": "batchnorm.layers.weight_decay",
+    "recalibrate": "batchnorm.recalibration.estimation",
+    "transaction": "batchnorm.layers.transactions",
+    "unfreeze": "batchnorm.surgery.freezing",
 }
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FeatureNormalization", "Moments", "batch_norm"]
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "FeatureNormalization",
+    "Moments",
+    "batch_norm",
+    "freeze",
+    "merge_statistics",
+    "parameter_groups",
+    "recalibrate",
+    "transaction",
+    "unfreeze",
+]
 
 
 def __getattr__(name: str) -> Any:

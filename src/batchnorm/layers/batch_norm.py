@@ -16,6 +16,7 @@ from batchnorm.functional import batch_norm, check_activation
 from batchnorm.kernels.contract import Activation
 from batchnorm.kernels.reference import activate
 from batchnorm.layers.commit import Buffers, commit, is_recomputed
+from batchnorm.layers.stage import Stage, take
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -91,6 +92,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not bias:  # set here and not passed on: older versions of torch do not know the argument
             self.register_parameter("bias", None)
         self._has_warned = False
+        self._stage: Stage | None = None  # where batches wait for the end of a transaction
         self._keep_statistics_wide()
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
@@ -136,8 +138,12 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """Takes a batch into the running statistics: the one place in which the layer's state changes."""
         if self.running_mean is None or self.running_var is None or is_recomputed():
             return
-        buffers = Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
-        if not commit(buffers, batch, self.momentum) and not self._has_warned:
+        if self._stage is not None:
+            is_taken = take(self._stage, batch)
+        else:
+            buffers = Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
+            is_taken = commit(buffers, batch, self.momentum)
+        if not is_taken and not self._has_warned:
             self._has_warned = True
             warnings.warn(
                 f"{self!r} met a batch whose mean or variance is not finite (NaN or infinity in its input): "
@@ -211,6 +217,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_has_warned", False)
+        self.__dict__.setdefault("_stage", None)
 
     def extra_repr(self) -> str:
         """What repr() shows between the parentheses: torch.nn's part, and ours where it is not the default."""
