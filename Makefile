@@ -6,7 +6,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Twice quiet: errors only. What is being installed, and why it takes a while, the targets say themselves.
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 # .venv also takes on what an older checkout of these two files asked for.
 NEEDS := pyproject.toml constraints.txt
 

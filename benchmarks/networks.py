@@ -1,4 +1,4 @@
-"""Whole training steps of ResNet-20 at CIFAR size and ResNet-50 at 224: torch.nn's layers against ours, nothing else."""
+"""Whole training steps of ResNet-20 at CIFAR size and ResNet-50 at 224: torch.nn's layers against ours."""
 
 from __future__ import annotations
 

@@ -7,7 +7,9 @@ import csv
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
+TICKS = (1, 2, 5, 10, 20, 50, 100)
 PEERS = {"ours": "#0b84a5", "compile": "#9dd866", "eager": "#ca472f"}
 
 
@@ -36,6 +38,8 @@ def draw(rows: list[dict[str, str]]) -> Figure:
             panel.plot(list(points.values()), [cases.index(case) for case in points], "o", color=colour, label=peer)
         panel.axvline(1, color="0.4", linewidth=1)
         panel.set_xscale("log")
+        panel.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+        panel.xaxis.set_minor_locator(NullLocator())
         panel.set_title(f"{phase}, times a copy")
         panel.grid(axis="x", alpha=0.3)
     first = figure.axes[0]

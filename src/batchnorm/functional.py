@@ -127,7 +127,7 @@ def _normalise(x: torch.Tensor, residual: torch.Tensor | None, statistics: Stati
 
 
 def _in_memory_format(y: torch.Tensor, view: View) -> torch.Tensor:
-    """`y` as torch's own layers return it, contiguous or channels-last, so that a network's y.view(...) goes on working.
+    """`y` as torch's own layers return it, contiguous or channels-last, so that y.view(...) goes on working.
 
     Kernels keep the strides of x, which may be a transpose's. With channels on another axis there is no such custom.
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -118,3 +119,52 @@ def even_steps(steps: int, every: int) -> tuple[int, ...]:
     (0, 4, 8, 10)
     """
     return (*range(0, steps, every), steps)
+
+
+def spaced_steps(steps: int, first: int, factor: float) -> tuple[int, ...]:
+    """Evaluation steps 0, `first`, and then each about `factor` times the one before, up to `steps`.
+
+    >>> spaced_steps(100, 10, 2.0)
+    (0, 10, 20, 40, 80, 100)
+    """
+    found, exact = [0], float(first)
+    while round(exact) < steps:
+        if round(exact) > found[-1]:
+            found.append(round(exact))
+        exact *= factor
+    return (*found, steps)
+
+
+def at_least(seeds: Sequence[int], number: int) -> tuple[int, ...]:
+    """The seeds, joined by the first natural numbers where they are fewer than `number`: for claims with cheap runs.
+
+    >>> at_least([0, 7], 4)
+    (0, 1, 2, 7)
+    """
+    found = dict.fromkeys(seeds)
+    for seed in range(number):
+        if len(found) < number:
+            found.setdefault(seed)
+    return tuple(sorted(found))
+
+
+def stacked(runs: Iterable[Run], *, largest: int = 40) -> list[Job]:
+    """Jobs of the runs that may share a stack: those of one claim, arm, training and network but for its initial scale.
+
+    Args:
+        runs: Any runs.
+        largest: Runs in a job; larger stacks fall out of the processor's caches.
+
+    Returns:
+        The jobs, in the order of their first runs.
+    """
+    groups: dict[tuple[str, str, Training, Network], list[Run]] = {}
+    for run in runs:
+        alike = (run.claim, run.arm, run.training, replace(run.network, init_scale=1.0))
+        groups.setdefault(alike, []).append(run)
+    jobs = []
+    for group in groups.values():
+        parts = -(-len(group) // largest)
+        size = -(-len(group) // parts)
+        jobs += [Job(group[0].claim, tuple(group[start : start + size])) for start in range(0, len(group), size)]
+    return jobs

@@ -10,6 +10,7 @@ from scipy.special import stdtrit
 
 from batchnorm.errors import ArgumentError
 from batchnorm.lab.claim import Measure, Record
+from batchnorm.reporting.numbers import interval, quantity
 
 _CONFIDENCE = 0.95
 
@@ -63,6 +64,28 @@ def find(measures: Iterable[Measure], name: str) -> Measure:
         if measure.name == name:
             return measure
     raise ArgumentError(f"expected a measure {name!r}, there are {[measure.name for measure in measures]}")
+
+
+def said(measure: Measure) -> str:
+    r"""A measure as it stands in a sentence.
+
+    >>> said(measure_over_seeds("width", "width", "decades", [2.0, 2.5, 2.1]))
+    '2.20\xa0decades (95 % interval 1.54 to 2.86)'
+    """
+    around = f" (95 % interval {interval(measure.low, measure.high)})" if len(measure.values) > 1 else " (one seed)"
+    return quantity(measure.mean, measure.unit) + around
+
+
+def accuracy_over_seeds(name: str, label: str, records: Sequence[Record]) -> Measure:
+    """Final test accuracy, in %, of one record for each seed."""
+    return measure_over_seeds(name, label, "%", [100 * last(record, "test_accuracy") for record in records])
+
+
+def gain_over_seeds(name: str, label: str, ours: Sequence[Record], theirs: Sequence[Record]) -> Measure:
+    """How much higher the final test accuracy of `ours` is, seed by seed, in percentage points."""
+    pairs = zip(ours, theirs, strict=True)
+    values = [100 * (last(one, "test_accuracy") - last(other, "test_accuracy")) for one, other in pairs]
+    return measure_over_seeds(name, label, "points", values)
 
 
 def of_arm(records: Iterable[Record], arm: str) -> list[Record]:
@@ -123,6 +146,38 @@ def steps_to(record: Record, level: float, curve: str) -> int | None:
         if value is not None and value >= level:
             return int(step)
     return None
+
+
+def window(places: Sequence[float], heights: Sequence[float], level: float) -> tuple[float, float] | None:
+    """The widest stretch in which a curve is at least at a level.
+
+    Args:
+        places: Where the curve is known, ascending (logarithms, for a quantity that spans powers of ten).
+        heights: The curve, one value for each place.
+        level: The level.
+
+    Returns:
+        Its two ends, interpolated linearly between the last place below the level and the first one above it, or the
+        first or last place of all; None if the curve is nowhere at the level.
+
+    >>> window([0, 1, 2, 3], [0.0, 1.0, 1.0, 0.5], 0.75)
+    (0.75, 2.5)
+    """
+    stretches, start = [], 0
+    for at, height in enumerate([*heights, -math.inf]):
+        if height >= level:
+            continue
+        if at > start:
+            low = _crossing(places, heights, level, start, start - 1) if start > 0 else float(places[0])
+            high = _crossing(places, heights, level, at - 1, at) if at < len(places) else float(places[-1])
+            stretches.append((low, high))
+        start = at + 1
+    return max(stretches, key=lambda stretch: stretch[1] - stretch[0], default=None)
+
+
+def _crossing(places: Sequence[float], heights: Sequence[float], level: float, inside: int, outside: int) -> float:
+    share = (heights[inside] - level) / (heights[inside] - heights[outside])
+    return places[inside] + share * (places[outside] - places[inside])
 
 
 def _interval(name: str, values: Sequence[float]) -> tuple[float, float, float]:

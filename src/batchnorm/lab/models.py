@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,13 @@ from batchnorm.errors import ArgumentError
 from batchnorm.functional import batch_norm
 from batchnorm.lab.config import Network
 from batchnorm.layers.batch_norm import BatchNorm
-from batchnorm.stats import Moments
+from batchnorm.stats import Moments, Running
 
 CHANNELS = (0, 2)
 """Channel axes of the activations (K, N, C): each unit of each network has statistics of its own."""
+
+Given: TypeAlias = Literal["own", "batch"] | Sequence[Moments | Running]
+"""What batch normalisation uses: see `Stack.trace`."""
 
 _MAXOUT_PIECES = 2
 
@@ -34,7 +37,7 @@ class Trace:
     Attributes:
         linear: Outputs of the linear maps, before any normalisation, (K, N, units).
         activation_inputs: What the nonlinearity got, (K, N, units).
-        moments: Statistics that batch normalisation used, (K, units); empty unless they were asked for.
+        moments: Statistics of this batch, (K, units); empty unless they were asked for.
         logits: Output of the network, (K, N, classes).
     """
 
@@ -87,14 +90,14 @@ class Stack(nn.Module):
         """The logits, (K, N, classes), of inputs (K, N, features) or (1, N, features) for all networks."""
         return self.trace(x).logits
 
-    def trace(self, x: Tensor, statistics: Literal["own", "batch"] | Sequence[Moments] = "own") -> Trace:
+    def trace(self, x: Tensor, statistics: Given = "own") -> Trace:
         """A forward pass that keeps what it went through.
 
         Args:
             x: Inputs, (K, N, features), or (1, N, features) if all networks get the same ones.
             statistics: What batch normalisation uses. "own": what the layer does by itself, running statistics in
                 evaluation, those of the batch (and an update) in training. "batch": those of this batch, without an
-                update, which the trace then holds. Or the Moments of each layer, (K, units).
+                update, which the trace then holds. Or those of each layer that are given, (K, units).
 
         Returns:
             The intermediate values and the logits.
@@ -144,16 +147,15 @@ def _norm(network: Network, count: int, units: int) -> nn.Module:
     return nn.Identity()
 
 
-def _normalise(
-    norm: nn.Module, x: Tensor, statistics: Literal["own", "batch"] | Sequence[Moments], trace: Trace, layer: int
-) -> Tensor:
+def _normalise(norm: nn.Module, x: Tensor, statistics: Given, trace: Trace, layer: int) -> Tensor:
     if statistics == "own" or not isinstance(norm, BatchNorm):
         y: Tensor = norm(x)
         return y
     given = None if statistics == "batch" else statistics[layer]
-    assert given is None or isinstance(given, Moments)
+    assert not isinstance(given, str)
     y, used = batch_norm(x, norm.weight, norm.bias, moments=given, eps=norm.eps, channel_axis=CHANNELS)
-    trace.moments.append(used)
+    if isinstance(used, Moments):
+        trace.moments.append(used)
     return y
 
 
@@ -163,7 +165,7 @@ def _activate(x: Tensor, network: Network) -> Tensor:
     if network.activation == "relu":
         return torch.relu(x)
     if network.activation == "maxout":
-        return x.unflatten(-1, (network.width, _MAXOUT_PIECES)).amax(dim=-1)
+        return x.reshape(*x.shape[:-1], network.width, _MAXOUT_PIECES).amax(dim=-1)
     return x
 
 

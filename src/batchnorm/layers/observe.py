@@ -60,10 +60,10 @@ def _in_parts(x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
     most = _PART_ON_CPU if x.device.type == "cpu" else _PART_ELSEWHERE
     rows = max(1, most * max(len(x), 1) // max(x.numel(), 1))
     if mask is not None:
-        masks = mask.split(rows)
-        parts = [Moments.of(part.double(), (0, 2), of) for part, of in zip(x.split(rows), masks, strict=True)]
+        masks = _rows(mask, rows)
+        parts = [Moments.of(part.double(), (0, 2), of) for part, of in zip(_rows(x, rows), masks, strict=True)]
     else:
-        parts = [_of_wide(part.to(torch.float64, copy=True)) for part in x.split(rows)]
+        parts = [_of_wide(part.to(torch.float64, copy=True)) for part in _rows(x, rows)]
     return parts[0] if len(parts) == 1 else parts[0].merge(*parts[1:])
 
 
@@ -74,3 +74,7 @@ def _of_wide(x: torch.Tensor) -> Moments:
         return Moments.of(x, (0, 2))
     mean = x.mean((0, 2))
     return Moments(mean, x.sub_(mean.unsqueeze(-1)).square_().mean((0, 2)), count)
+
+
+def _rows(x: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    return torch.split(x, size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -11,7 +11,8 @@ from batchnorm.functional import can_read
 from batchnorm.stats.moments import Moments
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Stage:
     """Moments of the batches so far; written in place, so that compiled code is the same for the first and the last."""
 
     mean: torch.Tensor

@@ -50,11 +50,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decays_biases: bo
         if isinstance(module, (_NormBase, *_NORMALIZATIONS)) or hasattr(module, "running_var"):
             own = list(module.parameters(recurse=False))
         else:
-            own = (
-                []
-                if decays_biases
-                else [value for name, value in module.named_parameters(recurse=False) if name == "bias"]
-            )
+            biases = [value for name, value in module.named_parameters(recurse=False) if name == "bias"]
+            own = [] if decays_biases else biases
         kept.update((id(parameter), parameter) for parameter in own)
     decayed = [parameter for parameter in model.parameters() if id(parameter) not in kept]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": list(kept.values()), "weight_decay": 0.0}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -99,10 +99,8 @@ class Collector:
             for number, batch in enumerate(batches, start=1):
                 self._batch = number
                 self._counts.clear()
-                try:
+                with suppress(_Enough):
                     forward(model, batch)
-                except _Enough:
-                    pass
                 on_batch()
         return Collected(number, list(self._calls), self._later, self._seen)
 

@@ -183,6 +183,7 @@ def to_svg(figure: Figure, alt: str) -> str:
     """
     buffer = io.StringIO()
     with look():
+        _settle(figure)
         metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     svg = buffer.getvalue().replace(_INK, "currentColor")
@@ -211,8 +212,16 @@ def to_png(figure: Figure) -> bytes:
     """
     buffer = io.BytesIO()
     with look():
+        _settle(figure)
         figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _settle(figure: Figure) -> None:
+    """Fix the layout, which would otherwise be worked out anew for each format."""
+    if figure.get_layout_engine() is not None:
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def save(figure: Figure, stem: Path, alt: str) -> None:

@@ -23,7 +23,7 @@ def number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return _NONE
     sign = _MINUS if value < 0 else ""
-    size = abs(value)
+    size = abs(float(value))
     if math.isinf(size):
         return f"{sign}∞"
     if size == 0:
@@ -31,11 +31,9 @@ def number(value: float | None) -> str:
     if not 1e-3 <= size < 1e5:
         mantissa, exponent = f"{size:.2e}".split("e")
         return f"{sign}{mantissa.rstrip('0').rstrip('.')}·10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-    if size >= 100:
+    if size >= 100 or size.is_integer():
         return f"{sign}{size:,.0f}"
-    digits = 2 - math.floor(math.log10(size))
-    text = f"{size:.{digits}f}"
-    return sign + text.rstrip("0").rstrip(".")
+    return f"{sign}{size:.{2 - math.floor(math.log10(size))}f}"
 
 
 def quantity(value: float | None, unit: str) -> str:
@@ -70,7 +68,7 @@ def interval(low: float | None, high: float | None) -> str:
         "low to high", or nothing where there is no interval.
 
     >>> interval(41.04, 49.8), interval(None, None)
-    ('41 to 49.8', '')
+    ('41.0 to 49.8', '')
     """
     if low is None or high is None or math.isnan(low) or math.isnan(high):
         return ""

@@ -57,7 +57,9 @@ def cumulative(running: Running, batch: Moments, batches: int | torch.Tensor) ->
     Returns:
         New Running; after the first batch it is that batch's.
     """
-    return exponential(running, batch, 1.0 / batches)
+    # An integer tensor would divide in float32.
+    whole = batches if isinstance(batches, int) else batches.to(batch.mean.dtype)
+    return exponential(running, batch, 1.0 / whole)
 
 
 def moments_behind(running: Running, count: Array | int) -> Moments:

@@ -225,4 +225,4 @@ def _change(then: torch.Tensor, now: torch.Tensor) -> float:
 
 
 def _statistics(layer: _BatchNorm) -> dict[str, torch.Tensor]:
-    return {name: buffer for name, buffer in layer.named_buffers(recurse=False)}
+    return dict(layer.named_buffers(recurse=False))

@@ -1,0 +1,109 @@
+"""`batchnorm study` trains, judges and reports the claims about batch normalization; `study list` names them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from batchnorm.errors import ArgumentError
+
+# What needs torch or matplotlib is imported inside the commands, so that --help answers at once.
+if TYPE_CHECKING:
+    from batchnorm.lab.claim import Claim
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+app = typer.Typer(help="Measure the claims about batch normalization on real data.", invoke_without_command=True)
+
+
+class TierName(str, Enum):
+    """Sizes of the study."""
+
+    quick = "quick"
+
+
+@app.callback()
+def study(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder for records, results and report; run again to resume.")] = Path(
+        "study"
+    ),
+    tier: Annotated[TierName, typer.Option(help="Size of the study.")] = TierName.quick,
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds for each arm.")] = 3,
+    claim: Annotated[
+        list[str] | None, typer.Option(help="Only this claim; may be given several times. See: batchnorm study list")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json, and nothing else, on stdout.")] = False,
+    report_only: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Rebuild the report of this folder; trains nothing.")
+    ] = None,
+) -> None:
+    """Train networks with and without batch normalization on real data, judge each claim, and write a report."""
+    if context.invoked_subcommand is not None:
+        return
+    from batchnorm.cli.study_display import Display
+
+    display = Display(results_on_stdout=as_json)
+    if report_only is not None:
+        _refuse_beside_report_only(context)
+        _report(report_only, display, as_json)
+        return
+    _train(out, _chosen(claim or ()), range(seeds), tier, display)
+    _report(out, display, as_json)
+    if display.was_interrupted:
+        display.say(f"Interrupted. The same command goes on from here; finished runs are in {out}.")
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command("list")
+def list_claims() -> None:
+    """Name the claims, in the order in which they run."""
+    from batchnorm.lab.claims import CLAIMS
+
+    width = max((len(one.CARD.name) for one in CLAIMS), default=0)
+    for one in CLAIMS:
+        typer.echo(f"{one.CARD.name:<{width}}  {one.CARD.title}")
+
+
+def _train(out: Path, claims: Sequence[Claim], seeds: Sequence[int], tier: TierName, display: Any) -> None:
+    from batchnorm.lab.study import run_study
+
+    with display:
+        for judged in run_study(out, claims=claims, seeds=tuple(seeds), tier=tier.value, on_progress=display.progress):
+            display.verdict(judged)
+
+
+def _report(folder: Path, display: Any, as_json: bool) -> None:
+    from batchnorm.lab.report import write_report
+
+    results = write_report(folder)
+    display.table(results, folder)
+    if as_json:
+        typer.echo((folder / "results.json").read_text(encoding="utf-8"), nl=False)
+
+
+def _chosen(names: Sequence[str]) -> tuple[Claim, ...]:
+    """The claims of these names in the study's order; all of them where none is named."""
+    from batchnorm.lab.claims import CLAIMS
+
+    known = [one.CARD.name for one in CLAIMS]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ArgumentError(f"expected --claim to be one of {', '.join(known)}; got {', '.join(unknown)}")
+    return tuple(one for one in CLAIMS if not names or one.CARD.name in names)
+
+
+def _refuse_beside_report_only(context: typer.Context) -> None:
+    """--report-only says which records to take; options that choose what to train would change nothing."""
+    for name in ("out", "tier", "seeds", "claim"):
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ArgumentError(
+                f"--report-only takes its records as they are and trains nothing: leave out --{name}, or leave out "
+                "--report-only"
+            )

@@ -1,0 +1,113 @@
+"""What a study shows on the terminal while it runs: progress, each verdict as it stands, and the table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from batchnorm.reporting.numbers import interval, quantity
+
+if TYPE_CHECKING:
+    from batchnorm.lab.report import Judged
+    from batchnorm.lab.study import Progress as ClaimProgress
+
+_MARKS = {"shown": ("●", "green"), "partly": ("◐", "yellow"), "not shown": ("○", "bright_black")}
+
+
+class Display:
+    """The terminal: a bar while there is one, plain lines where the output goes elsewhere.
+
+    A context manager around the training; Ctrl-C inside it ends it quietly and is noted.
+
+    Args:
+        results_on_stdout: leave stdout to the results and write everything on stderr.
+
+    Attributes:
+        was_interrupted: whether Ctrl-C ended the training.
+    """
+
+    def __init__(self, *, results_on_stdout: bool) -> None:
+        self.was_interrupted = False
+        self._console = Console(stderr=results_on_stdout, highlight=False)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[runs]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task: TaskID = self._bar.add_task("starting", total=None, runs="")
+        self._runs: dict[str, tuple[int, int]] = {}
+
+    def __enter__(self) -> Display:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self._bar.stop()
+        self.was_interrupted = kind is KeyboardInterrupt
+        return self.was_interrupted
+
+    def progress(self, at: ClaimProgress) -> None:
+        """Show how many runs are done; the bar names the first claim that is not finished."""
+        self._runs[at.claim.CARD.name] = (at.done, at.total)
+        running = next((name for name, (done, total) in self._runs.items() if done < total), "done")
+        done, total = (sum(column) for column in zip(*self._runs.values(), strict=True))
+        # Runs cost very different times from claim to claim, so each claim gets the same part of the bar.
+        parts = sum(done / total for done, total in self._runs.values())
+        runs = f"{done}/{total} runs"
+        self._bar.update(self._task, description=running, completed=parts, total=len(self._runs), runs=runs)
+
+    def verdict(self, judged: Judged) -> None:
+        """Print a verdict, one line."""
+        headline = judged.verdict.headline
+        line = _verdict(judged.verdict.verdict, width=11)
+        line.append(f"{judged.card.name:<20} {_mean_and_interval(vars(headline))}, {headline.label}")
+        line.append(f"  [{judged.seconds:.1f} s]", style="bright_black")
+        self._console.print(line, soft_wrap=True)
+
+    def table(self, results: Mapping[str, Any], folder: Path) -> None:
+        """Print the verdicts of all finished claims and where the report is."""
+        if results["claims"]:
+            table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+            table.add_column("Claim", ratio=5)
+            table.add_column("Verdict", no_wrap=True)
+            table.add_column("Mean (95 % interval)", ratio=4)
+            table.add_column("Seconds", justify="right", no_wrap=True)
+            for claim in results["claims"]:
+                ours = _mean_and_interval(claim["headline"])
+                table.add_row(Text(claim["title"]), _verdict(claim["verdict"]), Text(ours), f"{claim['seconds']:.1f}")
+            self._console.print(table)
+        if results["study"]["unfinished"]:
+            self.say("Not finished: " + "; ".join(results["study"]["unfinished"]))
+        for what in ("report.html", "results.json", "tables", "figures"):
+            if (folder / what).exists():
+                self.say(f"  {folder / what}")
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def _verdict(verdict: str, *, width: int = 0) -> Text:
+    mark, style = _MARKS[verdict]
+    return Text(f"{mark} {verdict:<{width}}", style=style)
+
+
+def _mean_and_interval(measure: Mapping[str, Any]) -> str:
+    mean = quantity(measure["mean"], measure["unit"])
+    span = interval(measure["low"], measure["high"])
+    return f"{mean} ({span})" if span else mean
