@@ -43,9 +43,7 @@ def take(stage: Stage, batch: Moments) -> bool:
         BatchNormError: within a transform of torch.func, which forbids writing to tensors from outside.
     """
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise BatchNormError(
-            "a transaction takes no batches under torch.func (vmap, grad, ...): leave one of the two."
-        )
+        raise BatchNormError("a transaction takes no batches under torch.func (vmap, grad, ...): leave one of the two.")
     with torch.no_grad():
         is_usable = torch.isfinite(batch.mean + batch.var).all()
         if can_read(is_usable) and not bool(is_usable):

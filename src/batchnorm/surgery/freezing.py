@@ -171,13 +171,13 @@ class _Held:
 
 
 @cache
-def _held_class(layer_class: type[_BatchNorm]) -> type[_BatchNorm]:
+def _held_class(layer_class: Any) -> type[_BatchNorm]:
     # The old name and module: torch.fx and exporters recognise torch.nn's layers by them.
     members = {"__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__}
     return type(layer_class.__name__, (_Held, layer_class), members)
 
 
-def _rebuilt(layer_class: type[_BatchNorm]) -> _BatchNorm:
+def _rebuilt(layer_class: Any) -> _BatchNorm:
     held = _held_class(layer_class)
     return held.__new__(held)
 
@@ -194,7 +194,8 @@ def _hold(layer: _BatchNorm, *, parameters: bool) -> None:
         parameter.grad = None
     layer.training = False
     layer._before_freezing = before  # type: ignore[assignment]
-    layer.__class__ = _held_class(type(layer))
+    own_class: Any = type(layer)
+    layer.__class__ = _held_class(own_class)
 
 
 def _release(layer: _BatchNorm) -> None:
