@@ -163,7 +163,8 @@ class _Held:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # pickle and deepcopy find the class by its name; this one is made at run time.
-        return _rebuilt, (type(self).__bases__[1],), self.__dict__
+        state = getattr(self, "__getstate__", lambda: self.__dict__)()
+        return _rebuilt, (type(self).__bases__[1],), state
 
     def extra_repr(self) -> str:
         """What repr() shows between the parentheses."""
