@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,8 +49,10 @@ def read(path: Path) -> Saved:
             raise ArgumentError(f"{path} is no safetensors file: {error}") from error
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        first = str(error).splitlines()[0]
+    except OSError:
+        raise
+    except Exception as error:  # the reader meets broken files with whatever it stumbles over
+        first = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArgumentError(
             f"{path} cannot be read with weights_only=True (save model.state_dict()): {first}"
         ) from error
