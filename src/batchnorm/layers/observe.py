@@ -63,7 +63,10 @@ def _in_parts(x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
         masks = _rows(mask, rows)
         parts = [Moments.of(part.double(), (0, 2), of) for part, of in zip(_rows(x, rows), masks, strict=True)]
     else:
-        parts = [_of_wide(part.to(torch.float64, copy=True)) for part in _rows(x, rows)]
+        # One workspace for all parts: an allocator that gives memory back to the system between them costs more than
+        # the arithmetic.
+        workspace = torch.empty_like(x[:rows], dtype=torch.float64)
+        parts = [_of_wide(workspace[: len(part)].copy_(part)) for part in _rows(x, rows)]
     return parts[0] if len(parts) == 1 else parts[0].merge(*parts[1:])
 
 
