@@ -1,4 +1,4 @@
-"""The table of cases (shapes, dtypes, layouts) and the table of tolerances; every backend and layer runs through them."""
+"""The table of cases (shapes, dtypes, layouts) and the table of tolerances, for every backend and layer."""
 
 from __future__ import annotations
 

@@ -97,8 +97,8 @@ def train(
     """Alg. 1 and its backward. With `given` = (mean, var) those are constants instead, as at inference.
 
     Through mean and variance, with s = sqrt(var + eps) and m values behind a channel:
-    dx = gamma / (m s) * (m dz - sum(dz) - x_hat sum(dz x_hat)), the two sums only where the mask is True, since what it
-    leaves out has no part in the statistics: mean and variance do not answer to it, while its own output answers to them.
+    dx = gamma / (m s) * (m dz - sum(dz) - x_hat sum(dz x_hat)), the two sums only where the mask is True: mean and
+    variance do not depend on what it leaves out, whose own output depends on them all the same.
     """
     x, dy = wide(x), wide(dy)
     axes = others(x.ndim, channels)

@@ -118,13 +118,19 @@ def test_derivatives_with_respect_to_given_moments():
     mean = torch.randn(2, dtype=torch.float64, requires_grad=True)
     var = torch.rand(2, dtype=torch.float64).add(0.5).requires_grad_()
 
-    for make in (lambda mean, var: Moments(mean, var, 5), Running):
-        assert gradcheck(lambda x, mean, var: batch_norm(x, moments=make(mean, var))[0], (x, mean, var))  # noqa: B023
-        assert gradgradcheck(lambda x, mean, var: batch_norm(x, moments=make(mean, var))[0], (x, mean, var))  # noqa: B023
+    def with_moments(x, mean, var):
+        return batch_norm(x, moments=Moments(mean, var, 5))[0]
+
+    def with_running(x, mean, var):
+        return batch_norm(x, moments=Running(mean, var))[0]
+
+    for output in (with_moments, with_running):
+        assert gradcheck(output, (x, mean, var))
+        assert gradgradcheck(output, (x, mean, var))
 
 
 def test_moments_in_the_graph_give_the_batchs_own_gradient():
-    """Normalising with Moments.of(x), kept in the graph, is normalising with the batch: dx goes through mean and var."""
+    """Normalising with Moments.of(x), kept in the graph, is normalising with the batch."""
     x, dy = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
     x.requires_grad_()
     y, _ = batch_norm(x, moments=Moments.of(x, 0))
@@ -209,8 +215,8 @@ def test_gradients_for_each_example_and_auxiliary_output():
 
 
 def test_functional_call_with_weights_as_arguments():
-    layer = torch.nn.Linear(3, 3)
-    x = torch.randn(8, 3)
+    layer = torch.nn.Linear(3, 3, dtype=torch.float64)
+    x = torch.randn(8, 3, dtype=torch.float64)
 
     def loss(parameters):
         return batch_norm(functional_call(layer, parameters, (x,)))[0].pow(4).sum()

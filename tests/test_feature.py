@@ -90,6 +90,16 @@ def test_rank_deficient_data_whiten_to_their_rank(seed):
     np.testing.assert_allclose(eigenvalues[:-rank], 0, atol=1e-4)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_directions_in_which_the_data_do_not_vary_are_not_blown_up(seed):
+    """Their eigenvalues are rounding: a new row that leaves the data's plane must not come out 1e8 times as large."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((2, 100))
+    layer = FeatureNormalization(4, whiten=True).adapt(np.stack([a, 3 * a + 1, b, a + b], axis=1))
+    step = torch.from_numpy(rng.standard_normal((10, 4)) * 0.1)
+    assert layer(layer.mean + step).abs().max() < 5
+
+
 def test_fewer_rows_than_features_whiten():
     rows = _rows(5, 12)
     y = FeatureNormalization(12, whiten=True).adapt(rows)(torch.from_numpy(rows)).numpy()
@@ -141,7 +151,7 @@ def test_state_dict(whiten, assign):
 
 def test_whitening_and_standardising_files_are_not_mixed_up():
     state = FeatureNormalization(4).adapt(_rows()).state_dict()
-    with pytest.raises(RuntimeError, match="Missing key.*whitening"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*whitening"):
         FeatureNormalization(4, whiten=True).load_state_dict(state)
 
 

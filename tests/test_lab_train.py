@@ -84,16 +84,16 @@ def test_training_agrees_with_plain_torch() -> None:
         linear.weight.data, linear.bias.data = weight[0].T.clone(), bias[0, 0].clone()
         layers += [linear, BatchNorm1d(12), torch.nn.Sigmoid()]
     model = torch.nn.Sequential(*layers[:-2])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     order = np.concatenate([np.random.default_rng((3, 1)).permutation(1000)[:960].reshape(16, 60)])
     second = np.random.default_rng((3, 1))
     second.permutation(1000)
     order = np.concatenate([order, second.permutation(1000)[:960].reshape(16, 60)])
     x, y = torch.from_numpy(data.train.x), torch.from_numpy(data.train.y)
     for rows in order[:20]:
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-        optimizer.step()
+        loss = torch.nn.functional.cross_entropy(model(x[rows]), y[rows])
+        parameters = list(model.parameters())
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.data -= 0.5 * grad
     model.eval()
     correct = model(torch.from_numpy(data.test.x)).argmax(dim=1) == torch.from_numpy(data.test.y)
     assert record["curves"]["test_accuracy"][-1] == pytest.approx(correct.double().mean().item(), abs=5e-3)
@@ -143,7 +143,7 @@ def test_steps_and_stacks() -> None:
     assert jobs[0].runs + jobs[1].runs == many
 
 
-@pytest.mark.parametrize("inputs", ["raw", "unit", "binarised", "standardised", "whitened"])
+@pytest.mark.parametrize("inputs", ["raw", "unit", "binarised", "standardised"])
 @pytest.mark.parametrize("name", ["digits", "wine"])
 def test_data_is_split_without_overlap_and_prepared_on_the_training_rows(name: str, inputs: str) -> None:
     data = load(name, inputs)
@@ -154,16 +154,14 @@ def test_data_is_split_without_overlap_and_prepared_on_the_training_rows(name: s
         assert data.train.x.max() == 1
     if inputs == "binarised":
         assert set(np.unique(data.train.x)) == {0, 1}
-    if inputs in ("standardised", "whitened"):
+    if inputs == "standardised":
         varying = data.train.x.std(axis=0) > 0
         assert data.train.x.mean(axis=0) == pytest.approx(0, abs=1e-4)
         assert data.train.x[:, varying].std(axis=0) == pytest.approx(1, abs=1e-3)
-    if inputs == "whitened":
-        assert np.cov(data.train.x.T) == pytest.approx(np.eye(data.train.x.shape[1]), abs=0.03)
 
 
 def test_unknown_data_is_refused() -> None:
     with pytest.raises(ArgumentError, match="'digits' or 'wine'"):
         load("mnist")
-    with pytest.raises(ArgumentError, match="standardised or whitened"):
+    with pytest.raises(ArgumentError, match="or standardised"):
         load("digits", "scaled")

@@ -61,9 +61,7 @@ def _assert_same_state(a, b, rtol=1e-5, atol=1e-6):
     for name, value in theirs.items():
         if name.rsplit(".", 1)[-1] not in ("running_mean", "running_var"):
             assert mine[name].dtype == value.dtype, name
-        torch.testing.assert_close(
-            mine[name], value.to(mine[name].dtype), rtol=rtol, atol=atol, msg=lambda m: f"{name}: {m}"
-        )  # noqa: B023
+        torch.testing.assert_close(mine[name], value.to(mine[name].dtype), rtol=rtol, atol=atol)
 
 
 def _step(layer, x, dy):
@@ -191,7 +189,7 @@ def test_wrong_rank(ours, theirs, shape):
     wrong = {batchnorm.BatchNorm1d: [(3,), (2, 3, 4, 4)], batchnorm.BatchNorm2d: [(2, 3), (2, 3, 4), (2, 3, 4, 4, 4)]}
     for bad in wrong.get(ours, [(2, 3, 4, 4), (2, 3)]):
         for layer in (ours(3), theirs(3)):
-            with pytest.raises(ValueError, match="expected .*D.* input"):
+            with pytest.raises(ValueError, match=r"expected .*D.* input"):
                 layer(torch.randn(bad))
 
 
@@ -246,9 +244,9 @@ def test_old_state_dict_without_num_batches_tracked(with_metadata):
 def test_a_missing_or_surplus_key_is_told():
     state = nn.BatchNorm1d(3).state_dict()
     del state["num_batches_tracked"]
-    with pytest.raises(RuntimeError, match="Missing key.*num_batches_tracked"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*num_batches_tracked"):
         batchnorm.BatchNorm1d(3).load_state_dict(state)
-    with pytest.raises(RuntimeError, match="Unexpected key.*bias"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*bias"):
         batchnorm.BatchNorm1d(3, bias=False).load_state_dict(nn.BatchNorm1d(3).state_dict())
     with pytest.raises(RuntimeError, match="size mismatch"):
         batchnorm.BatchNorm1d(3).load_state_dict(nn.BatchNorm1d(4).state_dict())

@@ -202,7 +202,9 @@ def test_compile_with_a_mask_of_few_values_leaves_the_statistics(momentum):
 
 def test_compiled_errors_are_ours():
     torch._dynamo.reset()
-    with pytest.raises((ShapeError, torch._dynamo.exc.TorchDynamoException), match="expected 3 channels|Expected more"):
+    with pytest.raises(
+        (ShapeError, torch._dynamo.exc.TorchDynamoException), match=r"expected 3 channels|Expected more"
+    ):
         torch.compile(BatchNorm1d(3), backend="eager")(torch.randn(4, 5))
 
 
@@ -223,10 +225,8 @@ def _checkpointed(segment, x, kind):
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_a_checkpointed_segment_commits_once(kind, momentum):
     """torch.nn's layers take the batch twice: forward, and again when backward recomputes it."""
-    make = lambda: nn.Sequential(
-        nn.Linear(3, 3), BatchNorm1d(3, momentum=momentum), nn.ReLU(), BatchNorm1d(3, momentum=momentum)
-    )
-    segment = make()
+    first, second = (BatchNorm1d(3, momentum=momentum) for _ in range(2))
+    segment = nn.Sequential(nn.Linear(3, 3), first, nn.ReLU(), second)
     plain = copy.deepcopy(segment)
     for step in range(3):
         x = torch.randn(8, 3) + step
@@ -239,6 +239,42 @@ def test_a_checkpointed_segment_commits_once(kind, momentum):
         torch.testing.assert_close(*grads)
     assert int(segment[1].num_batches_tracked) == 3
     _assert_same_buffers(segment, plain)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_a_compiled_layer_checkpointed_from_outside_commits_once(use_reentrant, momentum):
+    torch._dynamo.reset()
+    layer, twin = BatchNorm1d(3, momentum=momentum), BatchNorm1d(3, momentum=momentum)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(8, 3, requires_grad=True)
+        checkpoint(compiled, x, use_reentrant=use_reentrant).square().sum().backward()
+        twin(x)
+    _assert_same_buffers(layer, twin)
+
+
+def test_the_operator_of_compiled_commits_is_sound():
+    torch.library.opcheck(torch.ops.batchnorm.is_first_pass, (torch.randn(3),))
+
+
+def test_a_segment_checkpointed_inside_of_a_compiled_function_commits_once():
+    torch._dynamo.reset()
+    segment = nn.Sequential(nn.Linear(3, 3), BatchNorm1d(3))
+    plain = copy.deepcopy(segment)
+    step = torch.compile(lambda x: checkpoint(segment, x, use_reentrant=False), backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 3, requires_grad=True)
+    step(x).pow(3).sum().backward()
+    plain(x)
+    _assert_same_buffers(segment, plain)
+
+
+def test_double_backward_through_a_checkpoint_commits_once():
+    layer = BatchNorm1d(3, activation="silu")
+    x = torch.randn(8, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).pow(2).sum(), x, create_graph=True)
+    dx.pow(2).sum().backward()
+    assert int(layer.num_batches_tracked) == 1
 
 
 def test_a_forward_after_backward_commits_again():

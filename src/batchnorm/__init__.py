@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from batchnorm.layers.batch_norm import BatchNorm1d as BatchNorm1d
     from batchnorm.layers.batch_norm import BatchNorm2d as BatchNorm2d
     from batchnorm.layers.batch_norm import BatchNorm3d as BatchNorm3d
+    from batchnorm.layers.decorrelated import DecorrelatedBatchNorm as DecorrelatedBatchNorm
+    from batchnorm.layers.domain import DomainBatchNorm as DomainBatchNorm
+    from batchnorm.layers.domain import use_domain as use_domain
     from batchnorm.layers.feature import FeatureNormalization as FeatureNormalization
+    from batchnorm.layers.frozen import FrozenBatchNorm as FrozenBatchNorm
+    from batchnorm.layers.ghost import GhostBatchNorm as GhostBatchNorm
+    from batchnorm.layers.renorm import BatchRenorm as BatchRenorm
+    from batchnorm.layers.sync import SyncBatchNorm as SyncBatchNorm
     from batchnorm.layers.transactions import transaction as transaction
     from batchnorm.layers.weight_decay import parameter_groups as parameter_groups
     from batchnorm.recalibration.estimation import recalibrate as recalibrate
@@ -39,6 +46,13 @@ _HOMES = {
     "recalibrate": "batchnorm.recalibration.estimation",
     "transaction": "batchnorm.layers.transactions",
     "unfreeze": "batchnorm.surgery.freezing",
+    "GhostBatchNorm": "batchnorm.layers.ghost",
+    "BatchRenorm": "batchnorm.layers.renorm",
+    "DecorrelatedBatchNorm": "batchnorm.layers.decorrelated",
+    "FrozenBatchNorm": "batchnorm.layers.frozen",
+    "DomainBatchNorm": "batchnorm.layers.domain",
+    "use_domain": "batchnorm.layers.domain",
+    "SyncBatchNorm": "batchnorm.layers.sync",
 }
 
 __all__ = [
@@ -46,8 +60,14 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchRenorm",
+    "DecorrelatedBatchNorm",
+    "DomainBatchNorm",
     "FeatureNormalization",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
     "Moments",
+    "SyncBatchNorm",
     "batch_norm",
     "freeze",
     "merge_statistics",
@@ -55,6 +75,7 @@ __all__ = [
     "recalibrate",
     "transaction",
     "unfreeze",
+    "use_domain",
 ]
 
 

@@ -10,8 +10,9 @@ from torch.autograd import forward_ad
 
 from batchnorm.errors import ArgumentError, DtypeError, ShapeError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Activation, Affine, Statistics
+from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Statistics
 from batchnorm.kernels.view import View
+from batchnorm.stats.distributed import Ranks
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -36,6 +37,7 @@ def batch_norm(
     mask: torch.Tensor | None = None,
     activation: Activation | None = None,
     residual: torch.Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[torch.Tensor, Statistics]:
     """Batch normalization: the output, and the Moments it was made with.
 
@@ -59,6 +61,8 @@ def batch_norm(
             are read as 0 there, in x and in residual, so that padding may hold anything.
         activation: "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "sigmoid", "tanh" or None.
         residual: added before the activation; shape and dtype of x.
+        ranks: the batch's own moments are those of these ranks' batches together; every one of them must make this
+            call, an empty batch included.
 
     Returns:
         y, shape, dtype and memory format of x; and the Moments used: those given, or the batch's (detached, mean and
@@ -95,16 +99,41 @@ def batch_norm(
         _check_moments(moments, view)
         y3 = _normalise(x3, residual3, _reshaped(moments, (-1,)), affine)
         return _in_memory_format(view.unfold(y3), view), moments
-    y3, used = _normalise_by_itself(x3, residual3, affine, mask3)
+    y3, used = _normalise_by_itself(x3, residual3, affine, mask3, ranks)
     return _in_memory_format(view.unfold(y3), view), _reshaped(used, view.channels)
 
 
+def batch_moments(
+    x: torch.Tensor, *, channel_axis: int | tuple[int, ...] = 1, mask: torch.Tensor | None = None
+) -> Moments:
+    """The Moments with which `batch_norm` would normalise `x`, detached; arguments and errors as there.
+
+    Returns:
+        Moments, shape of the channel axes, mean and var float64.
+
+    Example:
+        >>> batch_moments(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).mean.tolist()
+        [2.0, 20.0]
+    """
+    _check_values(x, 0.0, None)
+    _check_mask_dtype(mask)
+    view = View.of(x, channel_axis)
+    mask3 = None if mask is None else view.fold_mask(mask)
+    with torch.no_grad():
+        moments: Moments = _reshaped(_stats(view.fold(x.detach()), mask3, None), view.channels)
+    return moments
+
+
 def _normalise_by_itself(
-    x: torch.Tensor, residual: torch.Tensor | None, affine: Affine, mask: torch.Tensor | None
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    affine: Affine,
+    mask: torch.Tensor | None,
+    ranks: Ranks | None,
 ) -> tuple[torch.Tensor, Moments]:
     """Training: (N, C, L) activations normalised with their own moments, which answer to the gradient."""
     if _must_look_inside():
-        moments = reference.stats(x, mask)
+        moments = _stats(x, mask, ranks)
         _check_count(moments, x)
         y = reference.apply(x, moments, affine, residual)
         count = moments.count
@@ -113,9 +142,14 @@ def _normalise_by_itself(
             count = torch.as_tensor(count, device=x.device)
         return y, Moments(moments.mean.detach(), moments.var.detach(), count)
     with torch.no_grad():
-        moments = reference.stats(x, mask)
+        moments = _stats(x, mask, ranks)
     _check_count(moments, x)
-    return _apply_function(x, residual, moments, affine, mask, is_estimated=True), moments
+    return _apply_function(x, residual, moments, affine, mask, ranks, is_estimated=True), moments
+
+
+def _stats(x: torch.Tensor, mask: torch.Tensor | None, ranks: Ranks | None) -> Moments:
+    moments = reference.stats(x, mask)
+    return moments if ranks is None else ranks.merge(moments)
 
 
 def _normalise(x: torch.Tensor, residual: torch.Tensor | None, statistics: Statistics, affine: Affine) -> torch.Tensor:
@@ -123,7 +157,7 @@ def _normalise(x: torch.Tensor, residual: torch.Tensor | None, statistics: Stati
     is_differentiated = statistics.mean.requires_grad or statistics.var.requires_grad
     if _must_look_inside() or (torch.is_grad_enabled() and is_differentiated):
         return reference.apply(x, statistics, affine, residual)
-    return _apply_function(x, residual, statistics, affine, None, is_estimated=False)
+    return _apply_function(x, residual, statistics, affine, None, None, is_estimated=False)
 
 
 def _in_memory_format(y: torch.Tensor, view: View) -> torch.Tensor:
@@ -169,11 +203,12 @@ def _apply_function(
     statistics: Statistics,
     affine: Affine,
     mask: torch.Tensor | None,
+    ranks: Ranks | None,
     *,
     is_estimated: bool,
 ) -> torch.Tensor:
     y: torch.Tensor = _Normalise.apply(  # type: ignore[no-untyped-call]
-        x, affine.weight, affine.bias, residual, mask, statistics, affine.eps, affine.activation, is_estimated
+        x, affine.weight, affine.bias, residual, mask, statistics, affine.eps, affine.activation, is_estimated, ranks
     )
     return y
 
@@ -193,12 +228,13 @@ class _Normalise(torch.autograd.Function):
         eps: float,
         activation: Activation | None,
         is_estimated: bool,
+        ranks: Ranks | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight, bias, residual if activation is not None else None, mask)
         if not is_estimated and any(ctx.needs_input_grad):
             # Buffers: a training step before backward would write to them, and the gradient would be another's.
             statistics = Running(statistics.mean.clone(), statistics.var.clone())
-        ctx.statistics, ctx.is_estimated = statistics, is_estimated
+        ctx.statistics, ctx.is_estimated, ctx.ranks = statistics, is_estimated, ranks
         ctx.eps, ctx.activation, ctx.has_residual = eps, activation, residual is not None
         return reference.apply(x, statistics, Affine(weight, bias, eps, activation), residual)
 
@@ -207,7 +243,7 @@ class _Normalise(torch.autograd.Function):
         x, weight, bias, residual, mask = ctx.saved_tensors
         affine = Affine(weight, bias, ctx.eps, ctx.activation)
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate the gradient
-            return (*_differentiable_backward(ctx, dy, x, affine, residual, mask), *[None] * 5)
+            return (*_differentiable_backward(ctx, dy, x, affine, residual, mask), *[None] * 6)
         for_x, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
         sums = None
         if for_weight or for_bias or (for_x and ctx.is_estimated):
@@ -217,15 +253,24 @@ class _Normalise(torch.autograd.Function):
             # Without an activation the residual's value plays no part in backward, only its place.
             stand_in = dy if ctx.has_residual and residual is None else residual
             dx, dresidual = reference.backward_apply(
-                dy, x, ctx.statistics, affine, stand_in, sums=sums if ctx.is_estimated else None, mask=mask
+                dy, x, ctx.statistics, affine, stand_in, sums=_answer(ctx, sums, for_x), mask=mask
             )
         return (
             dx if for_x else None,
             sums.dz_xhat.to(weight.dtype) if sums is not None and for_weight else None,
             sums.dz.to(bias.dtype) if sums is not None and for_bias else None,
             dresidual if for_residual else None,
-            *[None] * 5,
+            *[None] * 6,
         )
+
+
+def _answer(ctx: Any, sums: BackwardSums | None, for_x: bool) -> BackwardSums | None:
+    """The sums by which mean and variance answer to dy: over all ranks where there are several."""
+    if sums is None or not ctx.is_estimated:
+        return None
+    if ctx.ranks is None or not for_x:
+        return sums
+    return BackwardSums(*ctx.ranks.sum(torch.stack([sums.dz, sums.dz_xhat])))
 
 
 def _differentiable_backward(
@@ -238,7 +283,7 @@ def _differentiable_backward(
 ) -> list[torch.Tensor | None]:
     """The same gradients by way of the reference's own operations, which autograd can follow once more."""
     with torch.enable_grad():
-        statistics = reference.stats(x, mask) if ctx.is_estimated else ctx.statistics
+        statistics = _stats(x, mask, ctx.ranks) if ctx.is_estimated else ctx.statistics
         y = reference.apply(x, statistics, affine, residual)
     inputs = [x, affine.weight, affine.bias, residual]
     wanted = [i for i, given in enumerate(inputs) if given is not None and ctx.needs_input_grad[i]]
@@ -341,5 +386,5 @@ def _reshaped(statistics: Any, shape: tuple[int, ...]) -> Any:
     parts = {"mean": statistics.mean.reshape(shape), "var": statistics.var.reshape(shape)}
     if isinstance(statistics, Moments):
         count: Any = statistics.count
-        return Moments(**parts, count=count.reshape(shape) if getattr(count, "ndim", 0) else count)
+        return Moments(**parts, count=count.reshape(shape) if isinstance(count, torch.Tensor) and count.ndim else count)
     return type(statistics)(**parts)

@@ -16,7 +16,7 @@ Activation = Literal["sigmoid", "relu", "maxout", "identity"]
 Norm = Literal["none", "batch", "layer"]
 Placement = Literal["before", "after"]
 Init = Literal["gaussian", "fan_in"]
-Inputs = Literal["raw", "unit", "binarised", "standardised", "whitened"]
+Inputs = Literal["raw", "unit", "binarised", "standardised"]
 Data = Literal["digits", "wine"]
 Tier = Literal["quick"]
 

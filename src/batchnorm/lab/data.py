@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from batchnorm.errors import ArgumentError
 from batchnorm.lab.config import Data, Inputs
+from batchnorm.stats import Moments
 
 _WINE_SHUFFLE_SEED = 0
 _DIGITS_TRAIN, _DIGITS_VALIDATION = 1000, 300
@@ -78,8 +79,7 @@ def load(name: Data, inputs: Inputs = "raw") -> Dataset:
         name: "digits" (1797 images of 8x8 pixels from 0 to 16) or "wine" (178 wines, 13 measurements).
         inputs: "raw" as it came; "unit" divided by the largest value of the training rows; "binarised" 1 where at
             least half of that value; "standardised" each feature with mean 0 and variance 1 over the training rows
-            (a constant feature becomes 0); "whitened" rotated and scaled so that the training rows have the unit
-            matrix as their covariance, directions without variance left out.
+            (a constant feature becomes 0).
 
     Returns:
         The splits. What the preparation needs is fitted on the training rows alone.
@@ -134,14 +134,8 @@ def _prepare(x: NDArray[np.float64], train: NDArray[np.float64], inputs: Inputs)
         return np.asarray(x / train.max())
     if inputs == "binarised":
         return np.asarray(x >= train.max() / 2, dtype=np.float64)
-    centred = x - train.mean(axis=0)
-    std = train.std(axis=0)
-    standardised = centred / np.where(std > 0, std, 1.0)
     if inputs == "standardised":
-        return np.asarray(standardised)
-    if inputs == "whitened":
-        fitted = (train - train.mean(axis=0)) / np.where(std > 0, std, 1.0)
-        values, vectors = np.linalg.eigh(fitted.T @ fitted / len(fitted))
-        kept = values > values.max() * 1e-10
-        return np.asarray(standardised @ (vectors[:, kept] / np.sqrt(values[kept])))
-    raise ArgumentError(f"expected inputs raw, unit, binarised, standardised or whitened, got {inputs!r}")
+        # By hand and not by FeatureNormalization, which would import torch before the first verdict.
+        moments = Moments.of(train, axes=0)
+        return np.asarray((x - moments.mean) / np.sqrt(np.where(moments.var > 0, moments.var, 1.0)))
+    raise ArgumentError(f"expected inputs raw, unit, binarised or standardised, got {inputs!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -121,7 +122,16 @@ def _trained(
         return
     # Two jobs for each worker are on their way, so that early claims are finished first.
     parallel = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
-    yield from parallel(delayed(_work)(asked[number].claim.run, number, job) for number, job in tasks)
+    results = parallel(delayed(_work)(asked[number].claim.run, number, job) for number, job in tasks)
+    try:
+        # Not "yield from", which would close `results` before the filter below stands.
+        for result in results:  # noqa: UP028
+            yield result
+    finally:
+        with warnings.catch_warnings():
+            # Whoever breaks off knows that jobs were cancelled.
+            warnings.simplefilter("ignore", UserWarning)
+            results.close()
 
 
 def _work(run: Callable[[Job], list[dict[str, Any]]], number: int, job: Job) -> tuple[int, list[dict[str, Any]]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 
+from batchnorm.errors import StatisticsWarning
 from batchnorm.functional import can_read
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running, cumulative, exponential
@@ -23,10 +25,26 @@ class Buffers(NamedTuple):
 
 
 def is_recomputed() -> bool:
-    """Whether this forward runs inside a backward pass: a checkpointed segment, computed for the second time."""
-    if torch.compiler.is_compiling():
-        return False
+    """Whether this forward runs inside a backward pass: a checkpointed segment, computed for the second time.
+
+    Compiled code cannot ask while it is being compiled; it asks when it runs, through `_is_first_pass`.
+    """
+    return not torch.compiler.is_compiling() and _runs_in_backward()
+
+
+def _runs_in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+@torch.library.custom_op("batchnorm::is_first_pass", mutates_args=())
+def _is_first_pass(batch: torch.Tensor) -> torch.Tensor:
+    """Scalar bool: False where compiled code recomputes a checkpointed segment; takes `batch` to be no constant."""
+    return batch.new_full((), not _runs_in_backward(), dtype=torch.bool)
+
+
+@_is_first_pass.register_fake
+def _(batch: torch.Tensor) -> torch.Tensor:
+    return batch.new_empty((), dtype=torch.bool)
 
 
 def commit(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
@@ -53,6 +71,19 @@ def commit(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         return True
 
 
+def warn_once(layer: torch.nn.Module) -> None:
+    """Says, once for each layer, that a batch was left out; the layer keeps that in `_has_warned`."""
+    if layer._has_warned:
+        return
+    layer._has_warned = True  # type: ignore[assignment]
+    warnings.warn(
+        f"{layer!r} met a batch whose mean or variance is not finite (NaN or infinity in its input): "
+        "the running statistics stay as they were. This is said once for each layer.",
+        StatisticsWarning,
+        stacklevel=4,
+    )
+
+
 def _write(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
     running_mean, running_var, tracked = buffers
     is_empty = _known(_no_values(batch.count))
@@ -66,6 +97,8 @@ def _write(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         is_usable = is_usable & (batch.count > 1).all()
     if _known(~is_usable):
         return False
+    if torch.compiler.is_compiling() and not _is_exporting():
+        is_usable = is_usable & _is_first_pass(batch.mean)
     running = Running(running_mean, running_var)
     if momentum is None:
         if tracked is None:
@@ -81,6 +114,11 @@ def _write(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         is_counted = is_usable | _no_values(batch.count)
         tracked.add_(is_counted.to(tracked.dtype))
     return True
+
+
+def _is_exporting() -> bool:
+    # torch.compiler.is_exporting came with torch 2.7.
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 
 
 def _no_values(count: Any) -> bool | torch.Tensor:

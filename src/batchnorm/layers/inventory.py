@@ -10,12 +10,16 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
+from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
+
+BatchNormalization: TypeAlias = _BatchNorm | DecorrelatedBatchNorm
+"""A layer that keeps running statistics of its batches."""
 
 Layers: TypeAlias = "Iterable[str | torch.nn.Module] | str | torch.nn.Module | None"
 """Layers, or modules that contain layers, by name or as they are; None means all."""
 
 
-def batch_norm_layers(model: torch.nn.Module) -> dict[str, _BatchNorm]:
+def batch_norm_layers(model: torch.nn.Module) -> dict[str, BatchNormalization]:
     """The batch normalization layers of `model`, torch.nn's and ours: name -> layer, each once even where it is reused.
 
     Raises:
@@ -23,10 +27,10 @@ def batch_norm_layers(model: torch.nn.Module) -> dict[str, _BatchNorm]:
     """
     if not isinstance(model, torch.nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, BatchNormalization)}
 
 
-def select(model: torch.nn.Module, layers: Layers = None) -> dict[str, _BatchNorm]:
+def select(model: torch.nn.Module, layers: Layers = None) -> dict[str, BatchNormalization]:
     """The batch normalization layers that `layers` means, in the model's order; each in it must mean at least one.
 
     Raises:
@@ -54,12 +58,14 @@ def is_frozen(layer: torch.nn.Module) -> bool:
     return bool(getattr(layer, "is_frozen", False))
 
 
-def has_statistics(layer: _BatchNorm) -> bool:
+def has_statistics(layer: BatchNormalization) -> bool:
     """Whether the layer keeps running statistics."""
+    if isinstance(layer, DecorrelatedBatchNorm):
+        return layer.running_mean is not None
     return layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None
 
 
-def _names(model: torch.nn.Module, one: str | torch.nn.Module, found: dict[str, _BatchNorm]) -> set[str]:
+def _names(model: torch.nn.Module, one: str | torch.nn.Module, found: dict[str, BatchNormalization]) -> set[str]:
     if isinstance(one, str):
         return {name for name in found if one in ("", name) or name.startswith(f"{one}.")}
     inside = set(one.modules())

@@ -62,7 +62,7 @@ def transaction(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None 
     batch; only the statistics of inference become its.
 
     Args:
-        model: with batch normalization layers, torch.nn's (not its SyncBatchNorm) or ours.
+        model: with batch normalization layers, torch.nn's (not its SyncBatchNorm) or ours (not DecorrelatedBatchNorm).
         optimizer: commit only if its step() happened inside. None commits at the end.
 
     Yields:
@@ -92,7 +92,9 @@ def transaction(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None 
             if not has_statistics(layer):
                 continue
             if isinstance(layer, torch.nn.SyncBatchNorm):
-                raise ArgumentError(f"{name}: torch.nn.SyncBatchNorm cannot wait; batchnorm's layers can.")
+                raise ArgumentError(f"{name}: torch.nn.SyncBatchNorm cannot wait; batchnorm.SyncBatchNorm can.")
+            if not isinstance(layer, _BatchNorm):
+                raise ArgumentError(f"{name}: {type(layer).__name__} cannot wait, as its covariances are not merged.")
             assert layer.running_mean is not None
             stage = Stage.like(layer.running_mean)
             staged.append((layer, stage))
@@ -118,7 +120,7 @@ def _stage_input(stage: Stage, layer: _BatchNorm, args: tuple[Any, ...], kwargs:
         take(stage, input_moments(layer, args, kwargs))
 
 
-def _is_staged_by_hook(layer: _BatchNorm) -> bool:
+def _is_staged_by_hook(layer: torch.nn.Module) -> bool:
     return any(getattr(hook, "func", None) is _stage_input for hook in layer._forward_pre_hooks.values())
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from batchnorm.errors import ArgumentError
+from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
 
 _NORMALIZATIONS = tuple(
     getattr(nn, name) for name in ("LayerNorm", "GroupNorm", "RMSNorm") if hasattr(nn, name)
@@ -47,7 +48,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decays_biases: bo
         raise ArgumentError(f"weight_decay must be at least 0, got {weight_decay}.")
     kept: dict[int, torch.Tensor] = {}
     for module in model.modules():
-        if isinstance(module, (_NormBase, *_NORMALIZATIONS)) or hasattr(module, "running_var"):
+        if isinstance(module, (_NormBase, DecorrelatedBatchNorm, *_NORMALIZATIONS)):
             own = list(module.parameters(recurse=False))
         else:
             biases = [value for name, value in module.named_parameters(recurse=False) if name == "bias"]

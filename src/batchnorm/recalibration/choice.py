@@ -29,6 +29,9 @@ def choose(model: torch.nn.Module, layers: Layers) -> tuple[dict[str, _BatchNorm
             raise ArgumentError(f"{name} is not initialised yet: run the model once, then recalibrate.")
         if layers is not None and is_frozen(layer):
             raise ArgumentError(f"layers: {name} is frozen; unfreeze it first, or leave it out.")
+        if not isinstance(layer, _BatchNorm):
+            skipped.append(Skipped(name, f"recalibrate does not estimate the covariances of {type(layer).__name__}"))
+            continue
         why = None
         if not has_statistics(layer):
             why = "it keeps no running statistics"

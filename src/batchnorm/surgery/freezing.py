@@ -7,9 +7,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from batchnorm.layers.inventory import Layers, has_statistics, is_frozen, select
+from batchnorm.layers.inventory import BatchNormalization, Layers, has_statistics, is_frozen, select
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +100,17 @@ def freeze(
         (True, True)
     """
     skipped = []
-    held: dict[str, _BatchNorm] = {}
+    held: dict[str, BatchNormalization] = {}
+    before: dict[str, _Before] = {}
     for name, layer in select(model, layers).items():
-        if not is_frozen(layer) and not has_statistics(layer):
+        if is_frozen(layer):
+            held[name] = layer
+        elif has_statistics(layer):
+            held[name], before[name] = layer, _before(layer, parameters=parameters)
+        else:
             skipped.append(SkippedLayer(name, "it keeps no running statistics and always uses the batch's"))
-            continue
-        if not is_frozen(layer):
-            _hold(layer, parameters=parameters)
-        held[name] = layer
+    for name, then in before.items():  # all were looked at before: domains share weight and bias
+        _hold(held[name], then)
     report = FreezeReport("freeze", tuple(_report(name, layer) for name, layer in held.items()), tuple(skipped))
     return model, report
 
@@ -172,25 +174,30 @@ class _Held:
 
 
 @cache
-def _held_class(layer_class: Any) -> type[_BatchNorm]:
+def _held_class(layer_class: Any) -> type[BatchNormalization]:
     # The old name and module: torch.fx and exporters recognise torch.nn's layers by them.
     members = {"__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__}
     return type(layer_class.__name__, (_Held, layer_class), members)
 
 
-def _rebuilt(layer_class: Any) -> _BatchNorm:
+def _rebuilt(layer_class: Any) -> BatchNormalization:
     held = _held_class(layer_class)
     return held.__new__(held)
 
 
-def _hold(layer: _BatchNorm, *, parameters: bool) -> None:
+def _before(layer: BatchNormalization, *, parameters: bool) -> _Before:
     own = dict(layer.named_parameters(recurse=False)) if parameters else {}
-    before = _Before(
+    tensors = {**own, **dict(layer.named_buffers(recurse=False))}
+    return _Before(
         training=layer.training,
         requires_grad={name: parameter.requires_grad for name, parameter in own.items()},
-        tensors={name: value.detach().cpu().clone() for name, value in (*own.items(), *_statistics(layer).items())},
+        tensors={name: value.detach().cpu().clone() for name, value in tensors.items()},
     )
-    for parameter in own.values():
+
+
+def _hold(layer: BatchNormalization, before: _Before) -> None:
+    for name in before.requires_grad:
+        parameter = layer.get_parameter(name)
         parameter.requires_grad_(False)
         parameter.grad = None
     layer.training = False
@@ -199,7 +206,7 @@ def _hold(layer: _BatchNorm, *, parameters: bool) -> None:
     layer.__class__ = _held_class(own_class)
 
 
-def _release(layer: _BatchNorm) -> None:
+def _release(layer: BatchNormalization) -> None:
     before: Any = layer._before_freezing
     layer.__class__ = type(layer).__bases__[1]
     layer.training = before.training
@@ -208,7 +215,7 @@ def _release(layer: _BatchNorm) -> None:
     del layer._before_freezing
 
 
-def _report(name: str, layer: _BatchNorm) -> FrozenLayer:
+def _report(name: str, layer: BatchNormalization) -> FrozenLayer:
     before: Any = getattr(layer, "_before_freezing", None) or _Before(False, {}, {})
     changes = [_change(then, getattr(layer, key)) for key, then in before.tensors.items()]
     batches = None if layer.num_batches_tracked is None else int(layer.num_batches_tracked)
@@ -224,7 +231,3 @@ def _change(then: torch.Tensor, now: torch.Tensor) -> float:
     old, new = then.double(), now.detach().cpu().double()
     is_same = (old == new) | (old.isnan() & new.isnan())
     return float((new - old).abs().masked_fill(is_same, 0).max())
-
-
-def _statistics(layer: _BatchNorm) -> dict[str, torch.Tensor]:
-    return dict(layer.named_buffers(recurse=False))

@@ -52,7 +52,8 @@ CARD = Card(
     f"own spread (the 85th less the 15th, mean over all looks), averaged over percentiles and units.",
     caveat="Batch normalization fixes mean and variance of these inputs up to a learned scale and shift, so part of "
     "this holds by construction; the drift of the linear map before it is measured beside it. That less drift is WHY "
-    "training is faster does not follow, and is disputed (Santurkar et al. 2018).",
+    "training is faster does not follow, and is disputed (Santurkar et al. 2018). Drift was first "
+    "taken in units of the spread at the moment; the mean spread over all of training makes the ratio far smaller.",
     threshold=f"Drift without over drift with batch normalization: at least {SHOWN:g} at each arm's own best rate, and "
     f"more than 1 at equal rate (lower ends of the intervals). Partly: more than 1 in one of the two.",
 )
