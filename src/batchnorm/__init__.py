@@ -22,7 +22,13 @@ if TYPE_CHECKING:
     from batchnorm.layers.ghost import GhostBatchNorm as GhostBatchNorm
     from batchnorm.layers.renorm import BatchRenorm as BatchRenorm
     from batchnorm.layers.sync import SyncBatchNorm as SyncBatchNorm
+    from batchnorm.layers.transactions import transaction as transaction
+    from batchnorm.layers.weight_decay import parameter_groups as parameter_groups
+    from batchnorm.recalibration.estimation import recalibrate as recalibrate
+    from batchnorm.recalibration.federation import merge_statistics as merge_statistics
     from batchnorm.stats.moments import Moments as Moments
+    from batchnorm.surgery.freezing import freeze as freeze
+    from batchnorm.surgery.freezing import unfreeze as unfreeze
 
 __version__ = "0.1.0"
 
@@ -34,6 +40,12 @@ _HOMES = {
     "BatchNorm3d": "batchnorm.layers.batch_norm",
     "FeatureNormalization": "batchnorm.layers.feature",
     "Moments": "batchnorm.stats.moments",
+    "freeze": "batchnorm.surgery.freezing",
+    "merge_statistics": "batchnorm.recalibration.federation",
+    "parameter_groups": "batchnorm.layers.weight_decay",
+    "recalibrate": "batchnorm.recalibration.estimation",
+    "transaction": "batchnorm.layers.transactions",
+    "unfreeze": "batchnorm.surgery.freezing",
     "GhostBatchNorm": "batchnorm.layers.ghost",
     "BatchRenorm": "batchnorm.layers.renorm",
     "DecorrelatedBatchNorm": "batchnorm.layers.decorrelated",
@@ -57,6 +69,12 @@ __all__ = [
     "Moments",
     "SyncBatchNorm",
     "batch_norm",
+    "freeze",
+    "merge_statistics",
+    "parameter_groups",
+    "recalibrate",
+    "transaction",
+    "unfreeze",
     "use_domain",
 ]
 

@@ -15,6 +15,7 @@ from batchnorm.kernels.contract import Activation, Affine, Statistics
 from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
 from batchnorm.layers.precision import widened
 from batchnorm.layers.shapes import check_channels
+from batchnorm.layers.stage import Stage, take
 from batchnorm.layers.tracing import as_one_node, as_one_operator, is_exported, is_traced
 from batchnorm.stats.distributed import Ranks
 from batchnorm.stats.moments import Moments
@@ -92,6 +93,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not bias:  # set here and not passed on: older versions of torch do not know the argument
             self.register_parameter("bias", None)
         self._has_warned = False
+        self._stage: Stage | None = None  # where batches wait for the end of a transaction
         self._keep_statistics_wide()
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
@@ -157,8 +159,12 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         """Takes a batch into the running statistics: the one place in which the layer's state changes."""
         if self.running_mean is None or self.running_var is None or is_recomputed():
             return
-        buffers = Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
-        if not commit(buffers, batch, self.momentum):
+        if self._stage is not None:
+            is_taken = take(self._stage, batch)
+        else:
+            buffers = Buffers(self.running_mean, self.running_var, self.num_batches_tracked)
+            is_taken = commit(buffers, batch, self.momentum)
+        if not is_taken:
             warn_once(self)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -188,6 +194,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_has_warned", False)
+        self.__dict__.setdefault("_stage", None)
 
     def extra_repr(self) -> str:
         """What repr() shows between the parentheses: torch.nn's part, and ours where it is not the default."""
