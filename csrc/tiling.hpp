@@ -16,7 +16,7 @@ constexpr int64_t kBlockRows = 256;
 constexpr int64_t kColumnBlock = 1024;
 // Runs of one channel shorter than this many values are worked on as columns of a matrix instead.
 constexpr int64_t kShortRun = 512;
-// How far ahead matrices are prefetched.
+// How far ahead matrices are prefetched, at least: the group of rows in hand must be left behind, too.
 constexpr int64_t kPrefetchBytes = 4096;
 // Work for which a second thread is worth waking.
 constexpr int64_t kBytesPerThread = 64 << 10;

@@ -10,7 +10,22 @@ import pytest
 
 import batchnorm
 
-PUBLIC = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FeatureNormalization", "Moments", "batch_norm"]
+PUBLIC = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm",
+    "DecorrelatedBatchNorm",
+    "DomainBatchNorm",
+    "FeatureNormalization",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "Moments",
+    "SyncBatchNorm",
+    "batch_norm",
+    "use_domain",
+]
 
 
 def _run(code):

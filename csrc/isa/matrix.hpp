@@ -21,6 +21,12 @@ struct Grid {
   int64_t channels = 0, run = 1, first_channel = 0, first_column = 0;
 };
 
+// How many values ahead of a matrix's row to prefetch, where `together` rows are worked on at once.
+template <class T> inline int64_t ahead_of(Matrix<const T> x, int64_t together) {
+  const int64_t least = kPrefetchBytes / static_cast<int64_t>(sizeof(T)), group = x.pitch * together;
+  return group > least ? group : least;
+}
+
 inline int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }
 
 // Arrays by channel to arrays by column.
@@ -116,6 +122,7 @@ template <class F> inline void over_stretches(const uint8_t* mask, int64_t r0, i
 
 template <class T, Kind K> struct MatrixForward {
   using A = Arithmetic<T>;
+  using Value = T;
   static constexpr bool kIsBackward = false;
   const Call& call;
   int64_t fold;  // rows of the tensor that make one row of the grid
@@ -167,7 +174,7 @@ template <class T, Kind K> struct MatrixForward {
     for (int64_t j = 0; j < columns; j += kColumnBlock) {
       const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
       add_value_columns<T>(x.at(0, j), rows, width, work.shift + j, work.first + j, work.second + j,
-                           kPrefetchBytes / static_cast<int64_t>(sizeof(T)));
+                           ahead_of(x, 8));
     }
     clear(work.channel_first, grid.channels);
     clear(work.channel_second, grid.channels);
@@ -251,6 +258,7 @@ template <class T, Kind K> struct MatrixForward {
 
 template <class T, Kind K> struct MatrixBackward {
   using A = Arithmetic<T>;
+  using Value = T;
   static constexpr bool kIsBackward = true;
   const Call& call;
   int64_t fold;
@@ -272,7 +280,7 @@ template <class T, Kind K> struct MatrixBackward {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         add_gradient_columns<T, K>(dy.at(r, j), x.at(r, j), residual.at(r, j), rows, width, of.from(j),
                                    call.activation, by_column + j, products + j,
-                                   kPrefetchBytes / static_cast<int64_t>(sizeof(T)));
+                                   ahead_of(x, 4));
       }
       gather(first, by_column, columns, grid);
       gather(second, products, columns, grid);
@@ -454,10 +462,12 @@ template <class Pass> class MatrixRun {
 
   static void map_rows(void* self, int64_t index, int64_t) {
     const MatrixRun& run = *static_cast<MatrixRun*>(self);
-    const int64_t i = run.map_tasks() - 1 - index, r0 = i * run.map_rows_;
+    // From the back, where the first pass has left the last rows in the cache.
+    const int64_t last = run.map_tasks() - 1, i = run.call_.reduces ? last - index : index, r0 = i * run.map_rows_;
     const int64_t r1 = r0 + run.map_rows_ < run.whole_.rows ? r0 + run.map_rows_ : run.whole_.rows;
-    run.pass_.map(run.whole_, r0, r1, index == 0, run.of_, run.stream_,
-                  kPrefetchBytes / bytes_of(run.call_.dtype));
+    using T = typename Pass::Value;
+    const int64_t ahead = ahead_of(matrix<const T>(run.call_.x, run.call_.layout, run.whole_, run.pass_.fold), 4);
+    run.pass_.map(run.whole_, r0, r1, i == last, run.of_, run.stream_, ahead);
   }
 
   size_t call_bytes() const {

@@ -111,12 +111,12 @@ template <class T, Kind K> struct PlanarForward {
   }
   void prepare(int64_t c) const { of[c] = coefficients<A>(call, c); }
 
-  void map(const Piece& piece, int64_t next_channel) const {
+  // `ahead`: where the values are that come next, counted from these, or 0.
+  void map(const Piece& piece, int64_t ahead) const {
     for (int64_t n = piece.n0; n < piece.n1; ++n) {
-      const T* ahead = next_channel < 0 ? nullptr : at<const T>(call.x, n, next_channel, piece.l0);
-      apply_run<T, K>(at<T>(call.y, n, piece.c, piece.l0), at<const T>(call.x, n, piece.c, piece.l0),
-                      at<const T>(call.residual, n, piece.c, piece.l0), piece.l1 - piece.l0, of[piece.c],
-                      call.activation, stream, ahead);
+      const T* x = at<const T>(call.x, n, piece.c, piece.l0);
+      apply_run<T, K>(at<T>(call.y, n, piece.c, piece.l0), x, at<const T>(call.residual, n, piece.c, piece.l0),
+                      piece.l1 - piece.l0, of[piece.c], call.activation, stream, ahead ? x + ahead : nullptr);
     }
     if (stream) finish_streams();
   }
@@ -165,9 +165,7 @@ template <class T, Kind K> struct PlanarBackward {
     answer_to_statistics(call, c, of[c]);
   }
 
-  void map(const Piece& piece, int64_t next_channel) const {
-    const bool prefetches = next_channel >= 0 && call.x.stride_c == call.dy.stride_c;
-    const int64_t ahead = prefetches ? (next_channel - piece.c) * call.x.stride_c : 0;
+  void map(const Piece& piece, int64_t ahead) const {
     for (int64_t n = piece.n0; n < piece.n1; ++n) {
       gradient_run<T, K>(at<T>(call.dx, n, piece.c, piece.l0), at<T>(call.dresidual, n, piece.c, piece.l0),
                          at<const T>(call.dy, n, piece.c, piece.l0), at<const T>(call.x, n, piece.c, piece.l0),
@@ -205,16 +203,25 @@ template <class Pass> class PlanarRun {
     const Piece piece{c, 0, pass.call.N, 0, pass.call.L};
     pass.finish(c, pass.reduce(piece));
     pass.prepare(c);
-    pass.map(piece, next);
+    pass.map(piece, next < 0 ? 0 : (next - c) * pass.call.x.stride_c);
   }
   static void reduce_piece(void* self, int64_t i, int64_t) {
     PlanarRun& run = *static_cast<PlanarRun*>(self);
     run.partials_[i] = run.pass_.reduce(run.pieces_[i]);
   }
-  static void map_piece(void* self, int64_t i, int64_t) {
+  static void map_piece(void* self, int64_t i, int64_t next) {
     PlanarRun& run = *static_cast<PlanarRun*>(self);
-    run.pass_.map(run.pieces_[run.pieces_.number() - 1 - i], -1);
+    const Piece piece = run.piece_to_map(i);
+    int64_t ahead = 0;
+    if (next >= 0) {
+      const Piece then = run.piece_to_map(next);
+      const Operand& x = run.call_.x;
+      ahead = (then.n0 - piece.n0) * x.stride_n + (then.c - piece.c) * x.stride_c + then.l0 - piece.l0;
+    }
+    run.pass_.map(piece, ahead);
   }
+  // From the back, where the first pass has left the last pieces in the cache.
+  Piece piece_to_map(int64_t i) const { return pieces_[call_.reduces ? pieces_.number() - 1 - i : i]; }
 
   void reduce(int threads) {
     // Behind the coefficients of the channels, in the same arena.

@@ -14,8 +14,21 @@ if TYPE_CHECKING:
     from batchnorm.layers.batch_norm import BatchNorm1d as BatchNorm1d
     from batchnorm.layers.batch_norm import BatchNorm2d as BatchNorm2d
     from batchnorm.layers.batch_norm import BatchNorm3d as BatchNorm3d
+    from batchnorm.layers.decorrelated import DecorrelatedBatchNorm as DecorrelatedBatchNorm
+    from batchnorm.layers.domain import DomainBatchNorm as DomainBatchNorm
+    from batchnorm.layers.domain import use_domain as use_domain
     from batchnorm.layers.feature import FeatureNormalization as FeatureNormalization
+    from batchnorm.layers.frozen import FrozenBatchNorm as FrozenBatchNorm
+    from batchnorm.layers.ghost import GhostBatchNorm as GhostBatchNorm
+    from batchnorm.layers.renorm import BatchRenorm as BatchRenorm
+    from batchnorm.layers.sync import SyncBatchNorm as SyncBatchNorm
+    from batchnorm.layers.transactions import transaction as transaction
+    from batchnorm.layers.weight_decay import parameter_groups as parameter_groups
+    from batchnorm.recalibration.estimation import recalibrate as recalibrate
+    from batchnorm.recalibration.federation import merge_statistics as merge_statistics
     from batchnorm.stats.moments import Moments as Moments
+    from batchnorm.surgery.freezing import freeze as freeze
+    from batchnorm.surgery.freezing import unfreeze as unfreeze
 
 __version__ = "0.1.0"
 
@@ -27,9 +40,43 @@ _HOMES = {
     "BatchNorm3d": "batchnorm.layers.batch_norm",
     "FeatureNormalization": "batchnorm.layers.feature",
     "Moments": "batchnorm.stats.moments",
+    "freeze": "batchnorm.surgery.freezing",
+    "merge_statistics": "batchnorm.recalibration.federation",
+    "parameter_groups": "batchnorm.layers.weight_decay",
+    "recalibrate": "batchnorm.recalibration.estimation",
+    "transaction": "batchnorm.layers.transactions",
+    "unfreeze": "batchnorm.surgery.freezing",
+    "GhostBatchNorm": "batchnorm.layers.ghost",
+    "BatchRenorm": "batchnorm.layers.renorm",
+    "DecorrelatedBatchNorm": "batchnorm.layers.decorrelated",
+    "FrozenBatchNorm": "batchnorm.layers.frozen",
+    "DomainBatchNorm": "batchnorm.layers.domain",
+    "use_domain": "batchnorm.layers.domain",
+    "SyncBatchNorm": "batchnorm.layers.sync",
 }
 
-__all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FeatureNormalization", "Moments", "batch_norm"]
+__all__ = [
+    "BatchNorm",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchRenorm",
+    "DecorrelatedBatchNorm",
+    "DomainBatchNorm",
+    "FeatureNormalization",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "Moments",
+    "SyncBatchNorm",
+    "batch_norm",
+    "freeze",
+    "merge_statistics",
+    "parameter_groups",
+    "recalibrate",
+    "transaction",
+    "unfreeze",
+    "use_domain",
+]
 
 
 def __getattr__(name: str) -> Any:

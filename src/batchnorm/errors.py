@@ -19,5 +19,9 @@ class ArgumentError(BatchNormError, ValueError):
     """An argument that is no tensor is out of its range."""
 
 
+class RankError(BatchNormError, RuntimeError):
+    """A rank of a process group did not join a layer's collective operation in time."""
+
+
 class StatisticsWarning(UserWarning):
     """Something kept a batch out of the running statistics."""

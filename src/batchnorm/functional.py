@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any, cast, get_args
 
+import numpy as np
 import torch
 import torch.utils._pytree
 from torch.autograd import forward_ad
 
 from batchnorm.errors import ArgumentError, DtypeError, ShapeError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Activation, Affine, Backend, Statistics
+from batchnorm.kernels.arrays import moments_to_arrays, statistics_to_tensors, to_tensor
+from batchnorm.kernels.contract import Activation, Affine, Backend, BackwardSums, Statistics
 from batchnorm.kernels.dispatch import backend_at_once, backend_for
 from batchnorm.kernels.view import View
+from batchnorm.stats.distributed import Ranks
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -38,6 +41,7 @@ def batch_norm(
     mask: torch.Tensor | None = None,
     activation: Activation | None = None,
     residual: torch.Tensor | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[torch.Tensor, Statistics]:
     """Batch normalization: the output, and the Moments it was made with.
 
@@ -47,6 +51,7 @@ def batch_norm(
 
     Args:
         x: activations, (N, C, ...) or any shape with a channel axis, float; half precision is computed in float32.
+            A NumPy array works too, with arrays for everything else: y and Moments are arrays then, without gradient.
         weight: gamma, shape of the channel axes, (C,) as a rule; dtype of x, or float32 where x is float16 or
             bfloat16. None is 1.
         bias: beta, likewise. None is 0.
@@ -61,6 +66,8 @@ def batch_norm(
             are read as 0 there, in x and in residual, so that padding may hold anything.
         activation: "relu", "leaky_relu" (slope 0.01), "silu", "gelu" (exact), "sigmoid", "tanh" or None.
         residual: added before the activation; shape and dtype of x.
+        ranks: the batch's own moments are those of these ranks' batches together; every one of them must make this
+            call, an empty batch included.
 
     Returns:
         y, shape, dtype and memory format of x; and the Moments used: those given, or the batch's (detached, mean and
@@ -80,6 +87,8 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, Alg. 1 and section 3 (backward). We differ in one thing: a large mean is subtracted
         in two parts, so that float32 input with mean 1e4 loses nothing of its normalised values.
     """
+    if isinstance(x, np.ndarray):
+        return _of_arrays(x, weight, bias, moments, eps, channel_axis, mask, activation, residual)
     looks_inside = _must_look_inside()
     backend: Backend | None = None
     mask3: torch.Tensor | None = None
@@ -94,9 +103,10 @@ def batch_norm(
             x = _without_garbage(x, mask3, view)
             residual = None if residual is None else _without_garbage(residual, mask3, view)
     if looks_inside or (moments is not None and _answers_to_gradient(moments)):
-        y, used = _by_operations(x, weight, bias, residual, mask3, moments, view, eps, activation)
+        affine = Affine(_flat(weight), _flat(bias), eps, activation)
+        y, used = _by_operations(x, affine, residual, mask3, moments, view, ranks)
         return _in_memory_format(y, view), used
-    work = _Work(view, backend or backend_for(x), mask3 if moments is None else None, moments, eps, activation)
+    work = _Work(view, backend or backend_for(x), mask3 if moments is None else None, moments, eps, activation, ranks)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -107,6 +117,33 @@ def batch_norm(
     else:
         y = work.forward(x, weight, bias, residual)
     return _in_memory_format(y, view), work.used
+
+
+def _of_arrays(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    moments: Statistics | None,
+    eps: float,
+    channel_axis: int | tuple[int, ...],
+    mask: Any,
+    activation: Activation | None,
+    residual: Any,
+) -> Any:
+    """NumPy's way through the same kernels: arrays share their memory with tensors."""
+    with torch.no_grad():
+        y, used = batch_norm(
+            to_tensor(x),
+            to_tensor(weight),
+            to_tensor(bias),
+            moments=statistics_to_tensors(moments),
+            eps=eps,
+            channel_axis=channel_axis,
+            mask=to_tensor(mask),
+            activation=activation,
+            residual=to_tensor(residual),
+        )
+    return y.numpy(), moments if moments is not None else moments_to_arrays(cast(Moments, used))
 
 
 _KNOWN = frozenset({None, *get_args(Activation)})
@@ -135,24 +172,46 @@ def _checked(
     return view
 
 
+def batch_moments(
+    x: torch.Tensor, *, channel_axis: int | tuple[int, ...] = 1, mask: torch.Tensor | None = None
+) -> Moments:
+    """The Moments with which `batch_norm` would normalise `x`, detached; arguments and errors as there.
+
+    Returns:
+        Moments, shape of the channel axes, mean and var float64.
+
+    Example:
+        >>> batch_moments(torch.tensor([[1.0, 10.0], [3.0, 30.0]])).mean.tolist()
+        [2.0, 20.0]
+    """
+    _check_values(x, 0.0, None)
+    _check_mask_dtype(mask)
+    view = View.of(x, channel_axis)
+    mask3 = None if mask is None else view.fold_mask(mask)
+    with torch.no_grad():
+        moments: Moments = _reshaped(_backend(x).stats(view.fold(x.detach()), mask3), view.channels)
+    return moments
+
+
+def _backend(x: torch.Tensor) -> Backend:
+    return cast(Backend, reference) if _must_look_inside() else backend_for(x)
+
+
 def _by_operations(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    affine: Affine,
     residual: torch.Tensor | None,
     mask: torch.Tensor | None,
     moments: Statistics | None,
     view: View,
-    eps: float,
-    activation: Activation | None,
+    ranks: Ranks | None,
 ) -> tuple[torch.Tensor, Statistics]:
     """By the reference's operations, for whoever transforms these: a compiler, torch.func, forward-mode autograd."""
-    affine = Affine(_flat(weight), _flat(bias), eps, activation)
     x3 = view.fold(x)
     residual3 = None if residual is None else view.fold(residual)
     if moments is not None:
         return view.unfold(reference.apply(x3, _reshaped(moments, (-1,)), affine, residual3)), moments
-    found = reference.stats(x3, mask)
+    found = _merged(reference.stats(x3, mask), ranks)
     _check_count(found, x3)
     y = reference.apply(x3, found, affine, residual3)
     count = found.count
@@ -161,6 +220,10 @@ def _by_operations(
         count = torch.as_tensor(count, device=x.device)
     used = Moments(found.mean.detach(), found.var.detach(), count)
     return view.unfold(y), _reshaped(used, view.channels)
+
+
+def _merged(moments: Moments, ranks: Ranks | None) -> Moments:
+    return moments if ranks is None else ranks.merge(moments)
 
 
 def _in_memory_format(y: torch.Tensor, view: View) -> torch.Tensor:
@@ -208,7 +271,7 @@ def _answers_to_gradient(moments: Statistics) -> bool:
 class _Work:
     """One normalisation by a backend: everything about it that autograd has no part in."""
 
-    __slots__ = ("activation", "backend", "eps", "folded", "given", "is_whole", "mask", "used", "view")
+    __slots__ = ("activation", "backend", "eps", "folded", "given", "is_whole", "mask", "ranks", "used", "view")
 
     def __init__(
         self,
@@ -218,9 +281,11 @@ class _Work:
         given: Statistics | None,
         eps: float,
         activation: Activation | None,
+        ranks: Ranks | None,
     ) -> None:
         """`mask` is (N, 1, L), bool; `given` is what to normalise with, None takes the batch's own."""
-        self.view, self.mask, self.given, self.eps, self.activation = view, mask, given, eps, activation
+        self.view, self.mask, self.given, self.ranks = view, mask, given, ranks
+        self.eps, self.activation = eps, activation
         self.used: Any = given
         self.folded: Any = None if given is None else _reshaped(given, (-1,))
         self.set_backend(backend)
@@ -254,11 +319,16 @@ class _Work:
         x3, residual3 = cast(torch.Tensor, self.fold(x)), self.fold(residual)
         if self.given is not None:
             return cast(torch.Tensor, self.unfold(self.backend.apply(x3, self.folded, affine, residual3)))
-        if self.mask is None:  # before any work: how many values there are is plain to see
-            _check_number(x.numel() // max(math.prod(self.view.channels), 1), x)
-        y, self.folded = self.backend.forward(x3, affine, residual3, self.mask)
-        if self.mask is not None:
+        if self.ranks is not None:
+            self.folded = self.ranks.merge(self.backend.stats(x3, self.mask))
             _check_count(self.folded, x3)
+            y = self.backend.apply(x3, self.folded, affine, residual3)
+        else:
+            if self.mask is None:  # before any work: how many values there are is plain to see
+                _check_number(x.numel() // max(math.prod(self.view.channels), 1), x)
+            y, self.folded = self.backend.forward(x3, affine, residual3, self.mask)
+            if self.mask is not None:
+                _check_count(self.folded, x3)
         self.used = _reshaped(self.folded, self.view.channels)
         return cast(torch.Tensor, self.unfold(y))
 
@@ -292,14 +362,14 @@ class _Normalise(torch.autograd.Function):
             return (*_differentiable_backward(ctx, dy, x, weight, bias, residual), None)
         for_x, for_weight, for_bias, for_residual, _ = ctx.needs_input_grad
         # The gradient may be transformed where the input was not (is_grads_batched).
-        work.set_backend(cast(Backend, reference) if _must_look_inside() else backend_for(dy))
+        work.set_backend(_backend(dy))
         backend, mask, is_estimated = work.backend, work.mask, work.given is None
         affine = work.affine(weight, bias)
         dy3, x3 = cast(torch.Tensor, work.fold(dy)), cast(torch.Tensor, work.fold(x))
         residual3 = dy3 if ctx.has_residual and residual is None else work.fold(residual)
         dx = dresidual = sums = None
         needs_sums = for_weight or for_bias or (for_x and is_estimated)
-        if for_x and needs_sums:
+        if for_x and needs_sums and work.ranks is None:
             dx, dresidual, sums = backend.backward(
                 dy3, x3, work.folded, affine, residual3, is_estimated=is_estimated, mask=mask
             )
@@ -307,7 +377,11 @@ class _Normalise(torch.autograd.Function):
             if needs_sums:
                 sums = backend.backward_reduce(dy3, x3, work.folded, affine, residual3)
             if for_x or for_residual:
-                dx, dresidual = backend.backward_apply(dy3, x3, work.folded, affine, residual3, sums=None)
+                # Over all ranks: mean and variance are those of all. Where only the residual asks, it needs no sums.
+                answer = _over_ranks(sums, work.ranks) if for_x and is_estimated else None
+                dx, dresidual = backend.backward_apply(
+                    dy3, x3, work.folded, affine, residual3, sums=answer, mask=None if answer is None else mask
+                )
         return (
             work.unfold(dx) if for_x else None,
             _like(sums.dz_xhat, weight) if sums is not None and for_weight else None,
@@ -315,6 +389,12 @@ class _Normalise(torch.autograd.Function):
             work.unfold(dresidual) if for_residual else None,
             None,
         )
+
+
+def _over_ranks(sums: BackwardSums | None, ranks: Ranks | None) -> BackwardSums | None:
+    if sums is None or ranks is None:
+        return sums
+    return BackwardSums(*ranks.sum(torch.stack([sums.dz, sums.dz_xhat])))
 
 
 def _differentiable_backward(
@@ -330,7 +410,8 @@ def _differentiable_backward(
     with torch.enable_grad():
         x3 = work.view.fold(x)
         residual3 = None if residual is None else work.view.fold(residual)
-        statistics = work.folded if work.given is not None else reference.stats(x3, work.mask)
+        own = None if work.given is not None else _merged(reference.stats(x3, work.mask), work.ranks)
+        statistics = work.folded if own is None else own
         y = work.view.unfold(reference.apply(x3, statistics, work.affine(weight, bias), residual3))
     inputs = [x, weight, bias, residual]
     wanted = [i for i, given in enumerate(inputs) if given is not None and ctx.needs_input_grad[i]]
@@ -443,5 +524,5 @@ def _reshaped(statistics: Any, shape: tuple[int, ...]) -> Any:
     parts = {"mean": statistics.mean.reshape(shape), "var": statistics.var.reshape(shape)}
     if isinstance(statistics, Moments):
         count: Any = statistics.count
-        return Moments(**parts, count=count.reshape(shape) if getattr(count, "ndim", 0) else count)
+        return Moments(**parts, count=count.reshape(shape) if isinstance(count, torch.Tensor) and count.ndim else count)
     return type(statistics)(**parts)

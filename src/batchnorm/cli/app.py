@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import study
+from batchnorm.cli import info, recalibrate, study
 from batchnorm.errors import BatchNormError
 
 USAGE_ERROR = 2
@@ -23,6 +23,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(study.app, name="study")
+app.command("recalibrate")(recalibrate.recalibrate)
+app.command("info")(info.info)
 
 
 def _print_version(wanted: bool) -> None:

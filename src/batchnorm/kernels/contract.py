@@ -55,6 +55,18 @@ class Gradients(NamedTuple):
     sums: BackwardSums
 
 
+class Core(NamedTuple):
+    """What the compiled CPU core runs with."""
+
+    instruction_set: str
+    instruction_sets: tuple[str, ...]
+    """All that this machine can run."""
+    caches: tuple[int, int]
+    """Bytes of the second level (one core's) and of the third, which the tile sizes follow."""
+    has_exchange_api: bool
+    """Whether tensors are read through DLPack's exchange API."""
+
+
 class Backend(Protocol):
     """The kernel contract.
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch  # before the core, which shares the OpenMP library that torch loads
 
 from batchnorm.kernels import _cpu
-from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Gradients, Statistics
+from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Core, Gradients, Statistics
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -181,6 +181,13 @@ def update_running(
 def instruction_set() -> str:
     """The instruction set in use: "avx512", "avx2" or "plain"; BATCHNORM_CPU_ISA in the environment forces one."""
     return _cpu.instruction_set()
+
+
+def core() -> Core:
+    """What the core runs with."""
+    level2, level3 = _cpu.cache_bytes()
+    names = tuple(_cpu.instruction_sets())
+    return Core(_cpu.instruction_set(), names, (level2, level3), _cpu.has_exchange_api())
 
 
 _NOTHING = Affine(None, None, 0.0, None)

@@ -12,7 +12,7 @@ import torch
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Backend, Statistics
+from batchnorm.kernels.contract import Backend, Core, Statistics
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -91,6 +91,17 @@ def set_backend(name: BackendName) -> None:
             f"the CPU backend is not there ({_why_no_cpu}): install a C++17 compiler and install batchnorm again."
         )
     _name = name
+
+
+def cpu_core() -> Core:
+    """What the compiled core runs with.
+
+    Raises:
+        ArgumentError: it is not there.
+    """
+    if _cpu is None:
+        raise ArgumentError(f"{_why_no_cpu}. Install a C++17 compiler and install batchnorm again.")
+    return cpu.core()
 
 
 def get_backend() -> BackendName:

@@ -120,8 +120,15 @@ def _trained(
         for number, job in tasks:
             yield number, asked[number].claim.run(job)
         return
-    # Two jobs for each worker are on their way, so that early claims are finished first.
-    parallel = Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="2*n_jobs")
+    parallel = Parallel(
+        n_jobs=workers,
+        return_as="generator_unordered",
+        batch_size=1,
+        pre_dispatch="2*n_jobs",  # so that early claims are finished first
+        # Ctrl-C reaches every process of a terminal; the workers leave it to this one, and print no tracebacks.
+        initializer=signal.signal,
+        initargs=(signal.SIGINT, signal.SIG_IGN),
+    )
     results = parallel(delayed(_work)(asked[number].claim.run, number, job) for number, job in tasks)
     try:
         # Not "yield from", which would close `results` before the filter below stands.

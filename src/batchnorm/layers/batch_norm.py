@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
-from batchnorm.errors import ArgumentError, ShapeError, StatisticsWarning
+from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.functional import batch_norm, check_activation
-from batchnorm.kernels.contract import Activation
-from batchnorm.kernels.reference import activate
-from batchnorm.layers.commit import Buffers, commit, is_recomputed
+from batchnorm.kernels.contract import Activation, Affine, Statistics
+from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
+from batchnorm.layers.precision import widened
+from batchnorm.layers.shapes import check_channels
+from batchnorm.layers.stage import Stage, take
+from batchnorm.layers.tracing import as_one_node, as_one_operator, is_exported, is_traced
+from batchnorm.stats.distributed import Ranks
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -91,6 +93,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not bias:  # set here and not passed on: older versions of torch do not know the argument
             self.register_parameter("bias", None)
         self._has_warned = False
+        self._stage: Stage | None = None  # where batches wait for the end of a transaction
         self._keep_statistics_wide()
 
     def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
@@ -110,45 +113,60 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             DtypeError: the input is no float tensor, or its dtype does not go with the parameters'.
         """
         if isinstance(input, Proxy):
-            return self._record_as_one_node(input, residual, mask)
-        if not _is_traced():  # there sizes are tensors, and looking at one warns
+            return as_one_node(self, input, residual, mask)
+        if not is_traced():  # there sizes are tensors, and looking at one warns
             self._check_input_dim(input)
-        running: Running | None = None
-        if not self.training:
-            mean, var = self.running_mean, self.running_var
-            if mean is not None or var is not None:
-                if self._is_exported():
-                    return self._as_one_operator(input, residual)
-                running = Running(mean, var)
-        y, moments = batch_norm(
+        # Each look at a buffer costs as much as a small kernel: none more than needed.
+        running = None if self.training else Running(self.running_mean, self.running_var)
+        if running is not None and (running.mean is not None or running.var is not None):
+            if is_exported(self.channel_axis):
+                affine = Affine(self.weight, self.bias, self.eps, self.activation)
+                return as_one_operator(input, running, affine, residual)
+            return self._normalise(input, residual, mask, moments=running)[0]
+        y, moments = self._by_batch(input, residual, mask)
+        if self.training and self.track_running_stats:
+            self._commit(moments)
+        return y
+
+    def _by_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
+        """The output, and the Moments to commit, where the batch's own statistics count."""
+        y, moments = self._normalise(input, residual, mask)
+        return y, cast(Moments, moments)
+
+    def _normalise(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        *,
+        moments: Statistics | None = None,
+        ranks: Ranks | None = None,
+    ) -> tuple[Tensor, Statistics]:
+        return batch_norm(
             input,
             self.weight,
             self.bias,
-            moments=running,
+            moments=moments,
             eps=self.eps,
             channel_axis=self.channel_axis,
             mask=mask,
             activation=self.activation,
             residual=residual,
+            ranks=ranks,
         )
-        if self.training and self.track_running_stats:
-            self._commit(cast(Moments, moments))
-        return y
 
     def _commit(self, batch: Moments) -> None:
         """Takes a batch into the running statistics: the one place in which the layer's state changes."""
-        mean, var = self.running_mean, self.running_var  # each look costs as much as a small kernel
+        mean, var = self.running_mean, self.running_var
         if mean is None or var is None or is_recomputed():
             return
-        buffers = Buffers(mean, var, self.num_batches_tracked)
-        if not commit(buffers, batch, self.momentum) and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"{self!r} met a batch whose mean or variance is not finite (NaN or infinity in its input): "
-                "the running statistics stay as they were. This is said once for each layer.",
-                StatisticsWarning,
-                stacklevel=3,
-            )
+        if self._stage is not None:
+            is_taken = take(self._stage, batch)
+        else:
+            buffers = Buffers(mean, var, self.num_batches_tracked)
+            is_taken = commit(buffers, batch, self.momentum)
+        if not is_taken:
+            warn_once(self)
 
     def _check_input_dim(self, input: Tensor) -> None:
         if self.ranks is not None and input.dim() not in self.ranks:
@@ -158,51 +176,11 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 f"{tuple(input.shape)}). Use BatchNorm1d for (N, C) and (N, C, L), BatchNorm2d for (N, C, H, W), "
                 "BatchNorm3d for (N, C, D, H, W), BatchNorm for any rank and channel axis."
             )
-        if self.channel_axis == 1 and input.dim() > 1 and input.shape[1] == self.num_features:
-            return
-        axes = self.channel_axis if isinstance(self.channel_axis, tuple) else (self.channel_axis,)
-        expected_sizes = self.num_features if isinstance(self.num_features, tuple) else (self.num_features,)
-        if any(not -input.dim() <= axis < input.dim() for axis in axes):
-            raise ShapeError(
-                f"{type(self).__name__} has its channels on axis {self.channel_axis}, which an input of shape "
-                f"{tuple(input.shape)} does not have."
-            )
-        sizes = tuple(input.shape[axis] for axis in sorted(axis % input.dim() for axis in axes))
-        if sizes != expected_sizes:
-            raise ShapeError(
-                f"{type(self).__name__} expected {self.num_features} channels on axis {self.channel_axis}, got "
-                f"{sizes if len(sizes) > 1 else sizes[0]} (input of shape {tuple(input.shape)}): make the layer with "
-                "num_features of that size, or check the order of the input's axes."
-            )
-
-    def _record_as_one_node(self, input: Any, residual: Any, mask: Any) -> Any:
-        """torch.fx keeps torch.nn's layers whole when it traces a network; ours stay whole the same way."""
-        args = (input,) if residual is None else (input, residual)
-        kwargs = {} if mask is None else {"mask": mask}
-        path = input.tracer.path_of_module(self)
-        return input.tracer.create_proxy("call_module", path, args, kwargs)
-
-    def _is_exported(self) -> bool:
-        # torch.compiler.is_exporting came with torch 2.7.
-        is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-        return self.channel_axis == 1 and (is_exporting() or _is_traced())
-
-    def _as_one_operator(self, input: Tensor, residual: Tensor | None) -> Tensor:
-        """Inference by torch's operator, which exporters, folding passes and quantizers know by name."""
-        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
-        if weight is not None and mean is not None and weight.dtype != mean.dtype:
-            # torch takes parameters and statistics of one dtype only; ours stay float32 in a half-precision module.
-            weight, bias = weight.to(mean.dtype), None if bias is None else bias.to(mean.dtype)  # type: ignore[assignment]
-        z = F.batch_norm(input, mean, var, weight, bias, training=False, eps=self.eps)
-        return activate(z if residual is None else z + residual, self.activation)
+        check_channels(self, input)
 
     def _keep_statistics_wide(self, before: tuple[Tensor | None, Tensor | None] = (None, None)) -> None:
-        """Running statistics of half precision stall: a bfloat16 mean cannot take a step below 1/256 of its value."""
         for name, old in zip(("running_mean", "running_var"), before, strict=True):
-            now = getattr(self, name)
-            if now is not None and now.dtype in (torch.bfloat16, torch.float16):
-                source = now if old is None or old.dtype == now.dtype else old
-                setattr(self, name, source.to(device=now.device, dtype=torch.float32))
+            setattr(self, name, widened(getattr(self, name), old))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BatchNorm:
         before = (self.running_mean, self.running_var)
@@ -217,6 +195,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__.setdefault("_has_warned", False)
+        self.__dict__.setdefault("_stage", None)
 
     def extra_repr(self) -> str:
         """What repr() shows between the parentheses: torch.nn's part, and ours where it is not the default."""
@@ -241,7 +220,3 @@ class BatchNorm3d(BatchNorm, torch.nn.BatchNorm3d):
     """Stands in for torch.nn.BatchNorm3d: (N, C, D, H, W); `activation`, `residual` and `mask` come with it."""
 
     ranks = (5,)
-
-
-def _is_traced() -> bool:
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 
+from batchnorm.errors import StatisticsWarning
 from batchnorm.functional import can_read
 from batchnorm.kernels.dispatch import update_running
 from batchnorm.stats.moments import Moments
@@ -72,6 +74,19 @@ def commit(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:
         count = torch.as_tensor(batch.count, device=buffers.running_mean.device)
         _CommitUnderTransforms.apply(*buffers, batch.mean, batch.var, count, momentum)  # type: ignore[no-untyped-call]
         return True
+
+
+def warn_once(layer: torch.nn.Module) -> None:
+    """Says, once for each layer, that a batch was left out; the layer keeps that in `_has_warned`."""
+    if layer._has_warned:
+        return
+    layer._has_warned = True  # type: ignore[assignment]
+    warnings.warn(
+        f"{layer!r} met a batch whose mean or variance is not finite (NaN or infinity in its input): "
+        "the running statistics stay as they were. This is said once for each layer.",
+        StatisticsWarning,
+        stacklevel=4,
+    )
 
 
 def _write(buffers: Buffers, batch: Moments, momentum: float | None) -> bool:

@@ -60,3 +60,15 @@ def cumulative(running: Running, batch: Moments, batches: int | torch.Tensor) ->
     # An integer tensor would divide in float32.
     whole = batches if isinstance(batches, int) else batches.to(batch.mean.dtype)
     return exponential(running, batch, 1.0 / whole)
+
+
+def moments_behind(running: Running, count: Array | int) -> Moments:
+    """The Moments that running statistics stand for, if they are of `count` values: Bessel's correction undone.
+
+    Args:
+        running: mean and UNBIASED variance, (C,) each.
+        count: values behind them; 0 gives the neutral element of `merge`.
+    """
+    if count == 0:
+        return Moments(running.mean * 0, running.var * 0, 0)
+    return Moments(running.mean, running.var * ((count - 1) / count), count)

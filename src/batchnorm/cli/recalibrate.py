@@ -1,0 +1,94 @@
+"""`batchnorm recalibrate` estimates the inference statistics of a saved model again, and saves it."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from batchnorm.errors import ArgumentError
+
+# What needs torch is imported inside the command, so that --help answers at once.
+
+
+class EstimatorName(str, Enum):
+    """Which mean and variance."""
+
+    population = "population"
+    mean_of_batches = "mean_of_batches"
+    moving_average = "moving_average"
+
+
+class ReadingName(str, Enum):
+    """What earlier layers normalise with meanwhile."""
+
+    sequential = "sequential"
+    batch = "batch"
+
+
+def recalibrate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="package.module:factory, which makes the model.")],
+    weights: Annotated[Path, typer.Option(help="Its state_dict: .safetensors, or .pt/.pth, read with weights_only.")],
+    data: Annotated[str, typer.Option(help="package.module:factory, which makes the batches (a DataLoader, a list).")],
+    out: Annotated[Path, typer.Option(help="Where the new state_dict goes: .safetensors, .pt or .pth.")],
+    estimator: Annotated[EstimatorName, typer.Option(help="Which mean and variance.")] = EstimatorName.population,
+    reading: Annotated[
+        ReadingName, typer.Option(help="Earlier layers use their new statistics, or those of each batch (one pass).")
+    ] = ReadingName.sequential,
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Only this layer, or the layers in this part; may be given several times.")
+    ] = None,
+    forward: Annotated[
+        str | None, typer.Option(help="package.module:function(model, batch), for batches of another kind.")
+    ] = None,
+    max_batches: Annotated[int | None, typer.Option(min=1, help="Use this many batches at most.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on stdout.")
+    ] = False,
+) -> None:
+    """Estimate the inference statistics of a model's batch normalization layers again, from data.
+
+    The factories take no arguments and are found from the current folder, too. Everything in WEIGHTS but running_mean,
+    running_var and num_batches_tracked goes to OUT as it is. Exit status: 0 done, 2 bad input.
+    """
+    if out.exists() and not force:
+        raise ArgumentError(f"{out} exists: pass --force to overwrite it, or choose another --out")
+    if not out.resolve().parent.is_dir():
+        raise ArgumentError(f"the folder of --out, {out.parent}, does not exist")
+
+    from batchnorm.cli import weights as files
+    from batchnorm.cli.loading import from_module
+    from batchnorm.recalibration import recalibrate as run
+
+    files.check_suffix(out)
+    saved = files.read(weights)
+    network = _network(from_module(model, "MODEL")(), model)
+    files.load_into(network, saved, weights)
+    report = run(
+        network,
+        from_module(data, "--data")(),
+        estimator=estimator.value,
+        reading=reading.value,
+        layers=layer or None,
+        forward=None if forward is None else from_module(forward, "--forward"),
+        max_batches=max_batches,
+        group="local",
+    )
+    files.write(out, files.with_statistics(saved, network, [change.name for change in report.layers]))
+    if as_json:
+        typer.echo(json.dumps({**report.as_dict(), "out": str(out)}, indent=2))
+    else:
+        typer.echo(str(report))
+        typer.echo(f"Written: {out}")
+
+
+def _network(made: Any, spec: str) -> Any:
+    import torch
+
+    if not isinstance(made, torch.nn.Module):
+        raise ArgumentError(f"{spec} must give a torch.nn.Module, got {type(made).__name__}")
+    return made

@@ -1,0 +1,69 @@
+"""A model lent out: whatever happens inside, it comes back with its modes, buffers and hooks as they were."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+
+@contextmanager
+def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode inside; modes and all buffers are put back at the end, on an error too.
+
+    Modes are set directly and not through train(), which models override, as a frozen backbone does. Compiled models
+    run uncompiled, since hooks come and go; DistributedDataParallel does not broadcast buffers, since ranks may have
+    different numbers of batches.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone(), buffer._version)
+        for module, _ in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    parallel = [module for module, _ in modes if isinstance(module, DistributedDataParallel)]
+    broadcasts = [module.broadcast_buffers for module in parallel]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for ddp in parallel:
+            ddp.broadcast_buffers = False
+        with torch.no_grad(), _uncompiled():
+            yield
+    finally:
+        for ddp, broadcast in zip(parallel, broadcasts, strict=True):
+            ddp.broadcast_buffers = broadcast
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, before, version in buffers:
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    # Importing the compiler takes seconds; where nobody has, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def random_state_kept(model: torch.nn.Module) -> Iterator[None]:
+    """The states of all random generators are those from before: torch's (with the model's devices), Python's, NumPy's.
+
+    Two passes over a shuffled DataLoader, each inside of one, see the same batches.
+    """
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (loaders draw from the global one)
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
