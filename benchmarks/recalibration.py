@@ -30,13 +30,13 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print("| network | batches | what | ms | ratio |\n| --- | --- | --- | --- | --- |")
-    for name, model, shape in (
-        ("ResNet-20, torch.nn", resnet20(nn.BatchNorm2d), (128, 3, 32, 32)),
-        ("ResNet-20, batchnorm", resnet20(batchnorm.BatchNorm2d), (128, 3, 32, 32)),
-        ("ResNet-50, torch.nn", resnet50(nn.BatchNorm2d), (8, 3, 224, 224)),
-        ("MLP 3x512, torch.nn", _mlp(nn.BatchNorm1d), (256, 784)),
+    for name, model, shape, number in (
+        ("ResNet-20, torch.nn", resnet20(nn.BatchNorm2d), (128, 3, 32, 32), 4),
+        ("ResNet-20, batchnorm", resnet20(batchnorm.BatchNorm2d), (128, 3, 32, 32), 4),
+        ("ResNet-50, torch.nn", resnet50(nn.BatchNorm2d), (8, 3, 224, 224), 4),
+        ("MLP 3x512, torch.nn", _mlp(nn.BatchNorm1d), (256, 784), 64),
     ):
-        batches = [torch.randn(shape) for _ in range(4)]
+        batches = [torch.randn(shape) for _ in range(number)]
         times = _measured(model, batches, arguments.rounds, sequential=arguments.sequential)
         plain = times["forward, evaluation"]
         for what, seconds in times.items():

@@ -24,6 +24,12 @@ PUBLIC = [
     "Moments",
     "SyncBatchNorm",
     "batch_norm",
+    "freeze",
+    "merge_statistics",
+    "parameter_groups",
+    "recalibrate",
+    "transaction",
+    "unfreeze",
     "use_domain",
 ]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 
 class Bar:
     """On stderr, gone at the end; nothing where the output is no terminal."""
 
     def __init__(self) -> None:
+        # Here and not above: `from batchnorm import *` need not load it.
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("recalibrating {task.description}"),
