@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # Twice quiet: errors only. What is being installed, and why it takes a while, the targets say themselves.
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 # .venv also takes on what an older checkout of these two files asked for.
-NEEDS := pyproject.toml constraints.txt
+NEEDS := pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
 .PHONY: study test lint clean
 .DELETE_ON_ERROR:
@@ -39,9 +39,12 @@ $(VENV)/.package: $(NEEDS) | $(BIN)/python
 	@$(PIP) --editable .
 	@touch $@
 
+# What an extra of the installed package asks for; installing the package again would compile its core again.
 $(VENV)/.%: $(NEEDS) $(VENV)/.package
 	@echo "Installing what 'make $*' needs"
-	@$(PIP) --editable ".[$*]"
+	@$(BIN)/python -c 'import importlib.metadata as m; \
+		print(*(r.split(";")[0] for r in m.requires("batchnorm") if "$*" in r.partition("extra == ")[2]), sep="\n")' > $@-needs
+	@$(PIP) --requirement $@-needs
 	@touch $@
 
 .PHONY: bench bench-quick
