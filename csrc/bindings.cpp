@@ -1,6 +1,7 @@
 // The Python module batchnorm.kernels._cpu: tensors in, pointers on to the core. Shapes and dtypes were checked at the public
 // door; here only what would read or write memory that is not ours is checked again.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,6 +12,7 @@
 
 #include "cache.hpp"
 #include "parallel.hpp"
+#include "pool.hpp"
 #include "running.hpp"
 #include "select.hpp"
 #include "tensor.hpp"
@@ -228,6 +230,20 @@ bool update_running(nb::handle running_mean, nb::handle running_var, nb::handle 
   return take_in(to_mean, to_var, batches, batch_mean.data(), batch_var.data(), channels, count, momentum);
 }
 
+// A torch tensor with the shape, strides and dtype of x, in a buffer of the pool; None where there is no memory. x is
+// dense: its strides are a permutation of contiguous ones.
+nb::object pooled_like(nb::handle x) {
+  const TensorView view = view_of(x);
+  size_t values = 1, shape[kMostDimensions];
+  for (int i = 0; i < view.ndim; ++i) values *= shape[i] = static_cast<size_t>(view.shape[i]);
+  void* buffer = take_buffer(values * view.type_bits / 8);
+  if (!buffer) return nb::none();
+  nb::capsule owner(buffer, [](void* data) noexcept { release_buffer(data); });
+  const nb::dlpack::dtype type{view.type_code, view.type_bits, 1};
+  nb::ndarray<nb::pytorch> array(buffer, static_cast<size_t>(view.ndim), shape, owner, view.strides, type);
+  return nb::cast(array);
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Kernels* const* k = usable_kernels(); *k; ++k) names.emplace_back((*k)->name);
@@ -257,6 +273,12 @@ NB_MODULE(_cpu, m) {
   m.def("is_ordinary", &is_ordinary, T("x"), T("weight"), T("bias"), T("residual"), T("mean"), T("var"));
   m.def("update_running", &update_running, T("running_mean"), T("running_var"), T("tracked"), T("mean"), T("var"),
         nb::arg("count"), nb::arg("momentum"));
+  m.def("pooled_like", &pooled_like, nb::arg("x"));
+  m.def("limit_pool", &limit_pool, nb::arg("bytes"));
+  m.def("pool_state", [] {
+    const PoolState state = pool_state();
+    return std::vector<int64_t>{state.limit, state.idle, state.lent};
+  });
   m.def("set_exchange_api", &set_exchange_api, T("capsule"));
   m.def("has_exchange_api", &has_exchange_api);
   m.def("instruction_sets", &instruction_sets);

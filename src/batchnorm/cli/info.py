@@ -34,11 +34,13 @@ def _facts() -> dict[str, str]:
     except ArgumentError as error:
         return {**facts, "cpu core": f"not there: {error}"}
     level2, level3 = core.caches
+    limit = core.pool[0]
     return {
         **facts,
         "cpu core": "in use for tensors on the CPU" if dispatch.get_backend() != "reference" else "not in use",
         "instruction set": f"{core.instruction_set} of {', '.join(core.instruction_sets)} (BATCHNORM_CPU_ISA chooses)",
         "threads": f"{torch.get_num_threads()} (torch.set_num_threads)",
         "caches": f"level 2: {level2 >> 10} KiB a core, level 3: {level3 >> 20} MiB",
+        "output pool": f"{limit >> 20} MB may lie idle (BATCHNORM_POOL_MB)" if limit else "off (BATCHNORM_POOL_MB)",
         "tensors by": "DLPack's exchange API" if core.has_exchange_api else "their Python attributes (slower calls)",
     }

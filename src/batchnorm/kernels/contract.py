@@ -65,6 +65,8 @@ class Core(NamedTuple):
     """Bytes of the second level (one core's) and of the third, which the tile sizes follow."""
     has_exchange_api: bool
     """Whether tensors are read through DLPack's exchange API."""
+    pool: tuple[int, int, int]
+    """Bytes of the pool of output buffers: most that may lie idle, now idle, now in use."""
 
 
 class Backend(Protocol):

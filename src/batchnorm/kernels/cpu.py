@@ -35,6 +35,7 @@ _ACTIVATIONS: dict[Activation | None, int] = {
 _cpu.set_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 if "BATCHNORM_CPU_ISA" in os.environ:
     _cpu.choose_instruction_set(os.environ["BATCHNORM_CPU_ISA"])
+_cpu.limit_pool(int(os.environ.get("BATCHNORM_POOL_MB", "0")) << 20)
 # A forked child has none of OpenMP's threads, and would wait for them for ever.
 os.register_at_fork(after_in_child=_cpu.forbid_threads)
 
@@ -78,7 +79,7 @@ def forward(
     x: torch.Tensor, affine: Affine, residual: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Moments]:
     """See `contract.Backend.forward`; x may be (N, C, ...)."""
-    y = torch.empty_like(x)
+    y = _new_like(x)
     mean, var = _new_statistics(x)
     count = _forward(x, y, residual, mask, mean, var, affine, True)
     return y, Moments(mean, var, count)
@@ -94,7 +95,7 @@ def apply(
     x: torch.Tensor, statistics: Statistics, affine: Affine, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `contract.Backend.apply`."""
-    y = torch.empty_like(x)
+    y = _new_like(x)
     _forward(x, y, residual, None, _wide(statistics.mean), _wide(statistics.var), affine, False)
     return y
 
@@ -110,8 +111,8 @@ def backward(
     mask: torch.Tensor | None = None,
 ) -> Gradients:
     """See `contract.Backend.backward`; the sums have the dtype of the weight where that is float32 or float64."""
-    dx = torch.empty_like(x)
-    dresidual = None if residual is None else torch.empty_like(x)
+    dx = _new_like(x)
+    dresidual = None if residual is None else _new_like(x)
     weight = affine.weight
     if weight is not None and weight.dtype in _WIDE:
         sums = BackwardSums(torch.empty_like(weight), torch.empty_like(weight))
@@ -141,8 +142,8 @@ def backward_apply(
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `contract.Backend.backward_apply`."""
-    dx = torch.empty_like(x)
-    dresidual = None if residual is None else torch.empty_like(x)
+    dx = _new_like(x)
+    dresidual = None if residual is None else _new_like(x)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, False, sums is not None)
     return dx, dresidual
 
@@ -187,7 +188,32 @@ def core() -> Core:
     """What the core runs with."""
     level2, level3 = _cpu.cache_bytes()
     names = tuple(_cpu.instruction_sets())
-    return Core(_cpu.instruction_set(), names, (level2, level3), _cpu.has_exchange_api())
+    limit, idle, lent = _cpu.pool_state()
+    pool = limit, idle, lent
+    return Core(_cpu.instruction_set(), names, (level2, level3), _cpu.has_exchange_api(), pool)
+
+
+POOLED_BYTES = 16 << 20
+"""Outputs from this size on come from the pool; csrc/pool.hpp says why."""
+
+
+def limit_pool(megabytes: int) -> None:
+    """How much memory may lie idle in the pool of output buffers; 0, as at first, turns the pool off.
+
+    Buffers in use do not count: they are ordinary tensors, and return to the pool when the last reference to them
+    goes. BATCHNORM_POOL_MB in the environment sets the limit at start.
+    """
+    _cpu.limit_pool(megabytes << 20)
+
+
+def _new_like(x: torch.Tensor) -> torch.Tensor:
+    """An output like x: torch.empty_like, or a recycled buffer where pages would have to be mapped afresh."""
+    if x.nbytes >= POOLED_BYTES and _cpu.pool_state()[0] > 0:
+        dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
+        pooled = _cpu.pooled_like(x) if dense and type(x) in _PLAIN_TENSORS else None
+        if pooled is not None:
+            return pooled
+    return torch.empty_like(x)
 
 
 _NOTHING = Affine(None, None, 0.0, None)
