@@ -45,12 +45,14 @@ class Session:
         seeds: The seeds, ascending.
         claims: Names of the claims, in the study's order.
         environment: Of the machine that trained: see `environment`.
+        images: What "images" means in its runs, as results.json lists a data set; None where it had none.
     """
 
     tier: str
     seeds: tuple[int, ...]
     claims: tuple[str, ...]
     environment: Mapping[str, Any]
+    images: Mapping[str, Any] | None = None
 
 
 def environment() -> dict[str, Any]:
@@ -134,6 +136,7 @@ class RecordFile:
                     "seeds": list(session.seeds),
                     "claims": list(session.claims),
                     "environment": dict(session.environment),
+                    "images": None if session.images is None else dict(session.images),
                 }
             }
         )
@@ -154,7 +157,9 @@ class RecordFile:
     def sessions(self) -> list[Session]:
         """What was asked for, the latest last."""
         found = [line["session"] for line in self._lines() if "session" in line]
-        return [Session(s["tier"], tuple(s["seeds"]), tuple(s["claims"]), s["environment"]) for s in found]
+        return [
+            Session(s["tier"], tuple(s["seeds"]), tuple(s["claims"]), s["environment"], s.get("images")) for s in found
+        ]
 
     def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines)
