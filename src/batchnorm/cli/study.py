@@ -145,7 +145,8 @@ def _refuse_beside_report_only(context: typer.Context) -> None:
     for name in ("out", "tier", "data", "workers", "seeds", "claim"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
+            option = _OPTIONS.get(name, name)
             raise ArgumentError(
-                f"--report-only takes its records as they are and trains nothing: leave out --{_OPTIONS.get(name, name)}, or leave out "
+                f"--report-only takes its records as they are and trains nothing: leave out --{option}, or leave out "
                 "--report-only"
             )

@@ -90,8 +90,8 @@ def accuracy_and_loss(network: nn.Module, part: Split) -> tuple[float, float]:
     right, loss = 0, 0.0
     with torch.no_grad():
         for start in range(0, len(part.y), _CHUNK):
-            x, y = torch.from_numpy(part.x[start : start + _CHUNK]), torch.from_numpy(part.y[start : start + _CHUNK])
-            logits = network(x)
+            y = torch.from_numpy(part.y[start : start + _CHUNK])
+            logits = network(_pixels_last(torch.from_numpy(part.x[start : start + _CHUNK])))
             right += int((logits.argmax(dim=1) == y).sum())
             loss += float(functional.cross_entropy(logits, y, reduction="sum"))
     return right / len(part.y), loss / len(part.y)
@@ -117,7 +117,12 @@ def batches(part: Split, *, size: int, seed: int, order: str = "shuffled") -> It
             raise ArgumentError(f"{len(part.y)} training images do not fill a batch of {size}")
         for rows in picked:
             chosen = torch.from_numpy(rows)
-            yield x[chosen], y[chosen]
+            yield _pixels_last(x[chosen]), y[chosen]
+
+
+def _pixels_last(x: Tensor) -> Tensor:
+    """Channels-last: convolutions of few channels take little more than half of the time."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _fit(run: Run, images: str, make_probe: MakeProbe | None) -> dict[str, Any]:
@@ -128,6 +133,7 @@ def _fit(run: Run, images: str, make_probe: MakeProbe | None) -> dict[str, Any]:
         raise ArgumentError(f"expected a network for images, got {run.network}")
     torch.manual_seed(run.seed)  # dropout draws from the global generator
     network = build(run.network, image_shape(data), data.classes, seed=run.seed)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     probe = None if make_probe is None else make_probe(run, data)
     curves, diverged_at = _descend(run, training, network, data, probe)
     return make_record(

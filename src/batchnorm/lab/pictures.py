@@ -18,7 +18,7 @@ from batchnorm.lab.datasets.stored import opened
 from batchnorm.stats import Moments
 
 _SHUFFLE_SEED = 0
-_LARGEST_VALIDATION = 5000
+_LARGEST_VALIDATION = 2000
 _SCALE = np.float32(255)
 
 
@@ -26,7 +26,7 @@ _SCALE = np.float32(255)
 def load_images(folder: str, *, rows: int = 0, side: int = 0, inputs: Inputs = "unit") -> Dataset:
     """Images as (rows, channels, height, width), float32.
 
-    The training part of the source is shuffled once, by a fixed seed. Its last tenth, 5,000 images at most, is for
+    The training part of the source is shuffled once, by a fixed seed. Its last tenth, 2,000 images at most, is for
     validation; training rows are the first ones of the rest. Two calls with other `rows` so share their validation.
 
     Args:

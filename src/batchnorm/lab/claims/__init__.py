@@ -10,6 +10,7 @@ from batchnorm.lab.claims import (
     inference_statistics,
     initial_scale,
     learning_rates,
+    paper_rates,
     placement,
     sigmoid_steps,
     vanishing_gradients,
@@ -25,6 +26,7 @@ CLAIMS: tuple[Claim, ...] = (
     batch_size,
     inference_statistics,
     placement,
+    paper_rates,
 )
 
 __all__ = ["CLAIMS"]
