@@ -5,14 +5,20 @@ from __future__ import annotations
 from batchnorm.lab.claim import Claim
 from batchnorm.lab.claims import (
     batch_size,
+    covariate_shift,
     distribution_drift,
+    domain_shift,
     feature_scaling,
     inference_statistics,
     initial_scale,
+    landscape,
     learning_rates,
+    noisy,
     paper_rates,
     placement,
+    residual_gradients,
     sigmoid_steps,
+    small_batches,
     vanishing_gradients,
 )
 
@@ -27,6 +33,12 @@ CLAIMS: tuple[Claim, ...] = (
     inference_statistics,
     placement,
     paper_rates,
+    covariate_shift,
+    landscape,
+    noisy,
+    residual_gradients,
+    small_batches,
+    domain_shift,
 )
 
 __all__ = ["CLAIMS"]

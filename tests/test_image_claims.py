@@ -1,0 +1,172 @@
+"""Claims that train on images: cards, a small run from end to end, and records that must give each verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from batchnorm.lab.claim import Claim
+from batchnorm.lab.claims import CLAIMS, domain_shift, landscape, noisy, paper_rates, residual_gradients, small_batches
+from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run
+from batchnorm.lab.datasets.images import Images
+from batchnorm.lab.datasets.stored import store
+from batchnorm.lab.record import make_record
+from batchnorm.reporting.figures import look, to_svg
+
+OURS = [claim for claim in CLAIMS if claim.CARD.tier != "quick"]
+SEEDS = (0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Images of ten classes that differ in a stripe."""
+    generator = np.random.default_rng(0)
+    y = np.arange(400) % 10
+    x = generator.integers(0, 120, (400, 16, 16, 3))
+    x[np.arange(400), y] += 120
+    x = x.astype(np.uint8)
+    return str(store(Images(x[:300], y[:300], x[300:], y[300:], "stripes"), tmp_path_factory.mktemp("a") / "stored"))
+
+
+def small(run: Run) -> Run:
+    training, network = run.training, run.network
+    assert isinstance(training, ImageTraining)
+    steps = min(training.steps, 4)
+    training = replace(
+        training, rows=160, batch_size=min(training.batch_size, 32), steps=steps, evaluations=tuple({0: 0, steps: 0})
+    )
+    assert isinstance(network, ImageNetwork)
+    return replace(run, training=training, network=replace(network, width=8, depth=min(network.depth, 5)))
+
+
+@pytest.mark.parametrize("claim", OURS, ids=[claim.CARD.name for claim in OURS])
+def test_a_small_run_goes_from_end_to_end(claim: Claim, folder: str) -> None:
+    jobs = [
+        replace(job, runs=tuple(small(run) for run in job.runs), images=folder)
+        for job in claim.jobs((0, 1), claim.CARD.tier)
+    ]
+    keys = [run.key for job in jobs for run in job.runs]
+    assert len(keys) == len(set(keys))
+    records = [record for job in jobs for record in claim.run(job)]
+    assert [record["key"] for record in records] == keys
+    check(claim, records)
+
+
+def check(claim: Claim, records: list[dict[str, Any]]) -> str:
+    """Records -> measures -> verdict -> figures, all of it fit to be shown."""
+    ordered = sorted(records, key=lambda record: (record["arm"], record["seed"], record["rate"], record["key"]))
+    measures = claim.measure(ordered)
+    assert len({measure.name for measure in measures}) == len(measures)
+    verdict = claim.judge(measures)
+    assert verdict.headline in measures
+    assert "nan" not in verdict.reading
+    with look():
+        figures = claim.figure(ordered, measures)
+        assert figures
+        for figure, alt in figures.values():
+            assert len(alt) > 40
+            assert "nan" not in alt
+            assert to_svg(figure, alt).startswith("<svg")
+    return verdict.verdict
+
+
+Make = Callable[[Run], dict[str, Any]]
+
+
+def made(
+    claim: Claim, values: Make, accuracy: Callable[[Run, float], float] = lambda run, at: at
+) -> list[dict[str, Any]]:
+    """Records whose accuracy, `at` of the way through the training, is `accuracy(run, at)`; more with each seed."""
+    records = []
+    for job in claim.jobs(SEEDS, claim.CARD.tier):
+        for run in job.runs:
+            steps = list(run.training.evaluations)
+            heights = [accuracy(run, step / max(run.training.steps, 1)) + 0.001 * run.seed for step in steps]
+            curves = {"step": steps, "validation_accuracy": heights, "seconds": steps}
+            curves["test_accuracy"] = [None] * (len(steps) - 1) + heights[-1:]
+            records.append(make_record(run, curves=curves, values=values(run), seconds=1.0, data_sha256=""))
+    return records
+
+
+def nothing(run: Run) -> dict[str, Any]:
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("speed", "gain", "verdict"),
+    [(4.0, 0.1, "shown"), (4.0, -0.1, "partly"), (1.0, 0.1, "partly"), (1.0, -0.1, "not shown")],
+)
+def test_paper_rates(speed: float, gain: float, verdict: str) -> None:
+    def accuracy(run: Run, at: float) -> float:
+        if "plain" in run.arm:
+            return 0.5 * at
+        return min(0.5 * at * speed, 0.502) if at < 1 else 0.5 + gain
+
+    assert check(paper_rates, made(paper_rates, nothing, accuracy)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("batch", "group", "verdict"),
+    [(0.10, 0.01, "shown"), (0.10, 0.12, "partly"), (0.02, 0.0, "partly"), (0.0, 0.0, "not shown")],
+)
+def test_small_batches(batch: float, group: float, verdict: str) -> None:
+    def accuracy(run: Run, at: float) -> float:
+        lost = {"batch": batch, "group": group}.get(run.arm.split()[0], 0.0)
+        return 0.5 - (lost if run.training.batch_size == small_batches.SMALL else 0.0)
+
+    assert check(small_batches, made(small_batches, nothing, accuracy)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("heights", "verdict"), [((0.4, 0.5, 0.49), "shown"), ((0.4, 0.5, 0.45), "partly"), ((0.4, 0.5, 0.3), "not shown")]
+)
+def test_noisy(heights: Sequence[float], verdict: str) -> None:
+    of = dict(zip(noisy._NETWORKS, heights, strict=True))
+    assert check(noisy, made(noisy, nothing, lambda run, at: of[run.arm])) == verdict
+
+
+@pytest.mark.parametrize(
+    ("bn", "both", "verdict"),
+    [(1.3, 1.0, "shown"), (1.3, 1.2, "partly"), (1.0, 1.0, "partly"), (1.0, 1.2, "not shown")],
+)
+def test_residual_gradients(bn: float, both: float, verdict: str) -> None:
+    def values(run: Run) -> dict[str, Any]:
+        factor = {"plain + BN": bn, "residual + BN": both}.get(run.arm, 1.0)
+        return {"norms": [factor ** (21 - layer) for layer in range(21)]}
+
+    assert check(residual_gradients, made(residual_gradients, values)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("gain", "loss", "verdict"), [(0.2, 0.2, "shown"), (0.2, 0.0, "partly"), (0.0, 0.2, "not shown")]
+)
+def test_domain_shift(gain: float, loss: float, verdict: str) -> None:
+    def values(run: Run) -> dict[str, Any]:
+        old = dict.fromkeys(domain_shift.SHIFTS, 0.4)
+        new = {**old, "brightness": 0.4 + gain, "contrast": 0.4 + gain, domain_shift.CLASS: 0.4 - loss}
+        return {"old": old, "new": new}
+
+    assert check(domain_shift, made(domain_shift, values)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("gradient", "band", "verdict"),
+    [(3.0, 2.0, "shown"), (3.0, 0.5, "partly"), (1.2, 0.5, "partly"), (0.5, 0.5, "not shown")],
+)
+def test_landscape(gradient: float, band: float, verdict: str) -> None:
+    def values(run: Run) -> dict[str, Any]:
+        is_plain = run.arm == landscape.PLAIN
+        sizes = {"band": band if is_plain else 1.0, "predictiveness": gradient if is_plain else 1.0, "beta": 1.0}
+        return {name: [size * (1 + 0.001 * run.seed)] * 5 for name, size in sizes.items()}
+
+    assert check(landscape, made(landscape, values)) == verdict
+
+
+def test_jobs_of_images_are_no_part_of_a_key() -> None:
+    job = paper_rates.jobs((0,), "full")[0]
+    assert [run.key for run in replace(job, images="elsewhere").runs] == [run.key for run in job.runs]
+    assert isinstance(job, Job)
