@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from batchnorm.lab.claim import Claim
-from batchnorm.lab.claims import CLAIMS, domain_shift, landscape, noisy, paper_rates, residual_gradients, small_batches
+from batchnorm.lab.claims import (
+    CLAIMS,
+    domain_shift,
+    landscape,
+    noisy,
+    paper_mnist,
+    paper_rates,
+    regularisation,
+    residual_gradients,
+    small_batches,
+)
 from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run
 from batchnorm.lab.datasets.images import Images
 from batchnorm.lab.datasets.stored import store
@@ -39,8 +49,9 @@ def small(run: Run) -> Run:
     training = replace(
         training, rows=160, batch_size=min(training.batch_size, 32), steps=steps, evaluations=tuple({0: 0, steps: 0})
     )
-    assert isinstance(network, ImageNetwork)
-    return replace(run, training=training, network=replace(network, width=8, depth=min(network.depth, 5)))
+    if isinstance(network, ImageNetwork):
+        network = replace(network, depth=min(network.depth, 5))
+    return replace(run, training=training, network=replace(network, width=8))
 
 
 @pytest.mark.parametrize("claim", OURS, ids=[claim.CARD.name for claim in OURS])
@@ -164,6 +175,39 @@ def test_landscape(gradient: float, band: float, verdict: str) -> None:
         return {name: [size * (1 + 0.001 * run.seed)] * 5 for name, size in sizes.items()}
 
     assert check(landscape, made(landscape, values)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("bn", "both", "verdict"),
+    [(0.02, 0.001, "shown"), (0.02, 0.02, "partly"), (-0.02, 0.001, "partly"), (-0.02, 0.02, "not shown")],
+)
+def test_regularisation(bn: float, both: float, verdict: str) -> None:
+    def values(run: Run) -> dict[str, Any]:
+        return {"ensemble": 0.95} if run.arm == regularisation.NORMALISED and run.seed == 5 else {}
+
+    heights = {regularisation.NORMALISED: 0.9 + bn, regularisation.BOTH: 0.9 + bn + both}
+    records = made(regularisation, values, lambda run, at: heights.get(run.arm, 0.9))
+    assert check(regularisation, records) == verdict
+
+
+@pytest.mark.parametrize(
+    ("speed", "drift", "verdict"),
+    [(4.0, 2.0, "shown"), (4.0, 0.5, "partly"), (1.0, 2.0, "partly"), (1.0, 0.5, "not shown")],
+)
+def test_paper_mnist(speed: float, drift: float, verdict: str) -> None:
+    def values(run: Run) -> dict[str, Any]:
+        looks = len(run.training.evaluations)
+        is_plain = run.arm == paper_mnist.PLAIN
+        typical = {"unit": 3, "percentiles": [[-1.0, 0.0, 1.0]] * looks}
+        return {"drift": [drift if is_plain else 1.0] * (looks - 1), "typical": typical}
+
+    def accuracy(run: Run, at: float) -> float:
+        return min(0.97, at * (10 if run.arm == paper_mnist.PLAIN else 10 * speed))
+
+    records = made(paper_mnist, values, accuracy)
+    for record in records:
+        record["curves"]["test_accuracy"] = record["curves"]["validation_accuracy"]
+    assert check(paper_mnist, records) == verdict
 
 
 def test_jobs_of_images_are_no_part_of_a_key() -> None:
