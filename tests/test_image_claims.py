@@ -12,7 +12,9 @@ import pytest
 from batchnorm.lab.claim import Claim
 from batchnorm.lab.claims import (
     CLAIMS,
+    cost,
     domain_shift,
+    image_statistics,
     landscape,
     noisy,
     paper_mnist,
@@ -20,6 +22,7 @@ from batchnorm.lab.claims import (
     regularisation,
     residual_gradients,
     small_batches,
+    whitening,
 )
 from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run
 from batchnorm.lab.datasets.images import Images
@@ -46,16 +49,19 @@ def small(run: Run) -> Run:
     training, network = run.training, run.network
     assert isinstance(training, ImageTraining)
     steps = min(training.steps, 4)
-    training = replace(
-        training, rows=160, batch_size=min(training.batch_size, 32), steps=steps, evaluations=tuple({0: 0, steps: 0})
-    )
+    size = 8 if training.order == "by_class" else min(training.batch_size, 32)
+    looks = tuple({0: 0, steps // 2: 0, steps: 0})
+    training = replace(training, rows=160, batch_size=size, steps=steps, evaluations=looks)
     if isinstance(network, ImageNetwork):
         network = replace(network, depth=min(network.depth, 5))
     return replace(run, training=training, network=replace(network, width=8))
 
 
 @pytest.mark.parametrize("claim", OURS, ids=[claim.CARD.name for claim in OURS])
-def test_a_small_run_goes_from_end_to_end(claim: Claim, folder: str) -> None:
+def test_a_small_run_goes_from_end_to_end(claim: Claim, folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if claim is image_statistics:
+        monkeypatch.setattr(claim, "EARLY", 2)
+        monkeypatch.setattr(claim, "LATE", 4)
     jobs = [
         replace(job, runs=tuple(small(run) for run in job.runs), images=folder)
         for job in claim.jobs((0, 1), claim.CARD.tier)
@@ -208,6 +214,49 @@ def test_paper_mnist(speed: float, drift: float, verdict: str) -> None:
     for record in records:
         record["curves"]["test_accuracy"] = record["curves"]["validation_accuracy"]
     assert check(paper_mnist, records) == verdict
+
+
+@pytest.mark.parametrize(
+    ("lag", "ruin", "verdict"),
+    [(0.2, 0.3, "shown"), (0.2, 0.0, "partly"), (0.0, 0.3, "partly"), (0.0, 0.0, "not shown")],
+)
+def test_image_statistics(lag: float, ruin: float, verdict: str) -> None:
+    def values(run: Run) -> dict[str, Any]:
+        looks = len(run.training.evaluations)
+        lost = {image_statistics.SLOW: lag, image_statistics.BY_CLASS: ruin}.get(run.arm, 0.0)
+        moving, other = [0.5 - lost] * looks, [0.5] * looks
+        return {"moving average": moving, "population": other, "batch": other}
+
+    assert check(image_statistics, made(image_statistics, values)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("whitened", "verdict"),
+    [
+        ({0.1: (0.6, 0.6)}, "shown"),
+        ({0.1: (0.5, 0.7), 0.3: (0.6, 0.4)}, "partly"),  # the rate that validation likes best is not the equal one
+        ({0.1: (0.4, 0.4)}, "not shown"),
+    ],
+)
+def test_whitening(whitened: dict[float, tuple[float, float]], verdict: str) -> None:
+    records = made(whitening, nothing, lambda run, at: 0.5 if run.rate == 0.1 else 0.2)
+    for record in records:
+        if record["arm"] == whitening.WHITENED:
+            on_validation, on_test = whitened.get(record["rate"], (0.1, 0.1))
+            record["curves"]["validation_accuracy"][-1] = on_validation
+            record["curves"]["test_accuracy"][-1] = on_test + 0.001 * record["seed"]
+    assert check(whitening, records) == verdict
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"),
+    [(1.1, 1.3, "shown"), (1.1, 1.0, "partly"), (1.5, 1.6, "partly"), (1.5, 1.4, "not shown")],
+)
+def test_cost(ours: float, theirs: float, verdict: str) -> None:
+    def values(run: Run) -> dict[str, Any]:
+        return {"seconds": {cost.OURS: ours, cost.TORCH: theirs}.get(run.arm, 1.0) / 100, "kept": 1_000_000}
+
+    assert check(cost, made(cost, values)) == verdict
 
 
 def test_jobs_of_images_are_no_part_of_a_key() -> None:

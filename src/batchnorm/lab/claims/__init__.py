@@ -5,10 +5,12 @@ from __future__ import annotations
 from batchnorm.lab.claim import Claim
 from batchnorm.lab.claims import (
     batch_size,
+    cost,
     covariate_shift,
     distribution_drift,
     domain_shift,
     feature_scaling,
+    image_statistics,
     inference_statistics,
     initial_scale,
     landscape,
@@ -22,6 +24,7 @@ from batchnorm.lab.claims import (
     sigmoid_steps,
     small_batches,
     vanishing_gradients,
+    whitening,
 )
 
 CLAIMS: tuple[Claim, ...] = (
@@ -42,7 +45,10 @@ CLAIMS: tuple[Claim, ...] = (
     noisy,
     residual_gradients,
     small_batches,
+    image_statistics,
+    whitening,
     domain_shift,
+    cost,
 )
 
 __all__ = ["CLAIMS"]
