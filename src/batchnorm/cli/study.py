@@ -87,6 +87,32 @@ def list_claims() -> None:
         typer.echo(f"{one.CARD.tier:<8}  {one.CARD.name:<{width}}  {one.CARD.title}")
 
 
+@app.command("compare")
+def compare_studies(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Output folder of a study.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Output folder of another one.")],
+    all_measures: Annotated[bool, typer.Option("--all", help="Every measure, not the headlines alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Show two studies side by side: verdicts and measures with their intervals.
+
+    Exit status: 0 all verdicts are the same, 1 one differs, 2 bad input.
+    """
+    import json
+    from dataclasses import asdict
+
+    from batchnorm.cli.study_display import show_comparison
+    from batchnorm.lab.comparison import compare
+
+    found = compare(first, second)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1, allow_nan=False))
+    else:
+        show_comparison(found, all_measures=all_measures)
+    if any(row.first.verdict != row.second.verdict for row in found.headlines):
+        raise typer.Exit(1)
+
+
 def _images(tier: TierName, data: Path | None) -> Path | None:
     from batchnorm.lab.datasets.providing import DEFAULTS, images_for
 

@@ -153,7 +153,7 @@ def _make(
 
 def _draw(made: Path, judged: Judged) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Write the figures of a claim; give them as SVG by file, and as results.json lists them."""
-    from batchnorm.reporting.figures import look, to_png, to_svg
+    from batchnorm.reporting.figures import look, to_pdf, to_png, to_svg
 
     (made / "figures").mkdir(exist_ok=True)
     svgs, listed = {}, []
@@ -164,6 +164,7 @@ def _draw(made: Path, judged: Judged) -> tuple[dict[str, str], list[dict[str, st
             svgs[f"{stem}.svg"] = to_svg(figure, alt)
             (made / f"{stem}.svg").write_text(svgs[f"{stem}.svg"], encoding="utf-8")
             (made / f"{stem}.png").write_bytes(to_png(figure))
+            (made / f"{stem}.pdf").write_bytes(to_pdf(figure))
             listed.append({"name": name, "file": f"{stem}.svg", "alt": alt})
     return svgs, listed
 
