@@ -22,6 +22,7 @@ import tables
 import targets
 from workers import AS_IT_COMES, TUNED, Measured, Worker, environments, measure
 
+_PLAIN = ["copy", "clone", "eager", "ours", "compile", "jax", "onnxruntime"]
 _NETWORK_SECONDS = {"ResNet-20": 15.0, "ResNet-50": 60.0}
 
 
@@ -118,8 +119,8 @@ def _announce(head: dict[str, Any]) -> None:
 
 def _peers(case: cases.Case, other: str, *, is_quick: bool) -> dict[str, list[str]]:
     """Who is measured under which setting of the memory; compilation takes most of the time of a quick run."""
-    plain = ["copy", "clone", "eager", "ours", "compile", "jax", "onnxruntime"]
-    if is_quick and case.operation != "bn":
+    plain = list(_PLAIN)
+    if is_quick and case.operation != "bn" and "compile" in plain:
         plain.remove("compile")
     if not is_quick and case.dtype == "float32" and case.operation == "bn_relu":
         plain.append("ours, compiled")
@@ -140,7 +141,7 @@ def _measure_layers(
             "layer",
             asdict(case),
             _peers(case, workers[-1].memory, is_quick=options.quick),
-            budget=1.0 if options.quick else 4.0,
+            budget=1.0 if options.quick else 3.0,
             at_least=3 if options.quick else 5,
         )
         copies = {each.memory: each.time.median for each in found if each.peer == "copy"}

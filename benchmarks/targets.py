@@ -185,8 +185,8 @@ def report(rows: Sequence[Row]) -> str:
     lines += [f"  {line}" for line in slower]
     if busy:
         lines.append(
-            f"\nOTHER PROCESSES USED THE CORES (up to {max(busy):.1f} of them) in {len(busy)} of {len(rows)} rows: ratios "
-            "there can be wrong by orders of magnitude, either way. Run it again on a machine that does nothing else."
+            f"\nOTHER PROCESSES USED THE CORES (up to {max(busy):.1f} of them) in {len(busy)} of {len(rows)} rows: "
+            "ratios there can be wrong by orders of magnitude, either way. Run it again with the machine at rest."
         )
     return "\n".join(lines).strip()
 
