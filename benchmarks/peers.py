@@ -38,11 +38,12 @@ class _TorchBlock(torch.nn.Module):
 
 def absent() -> dict[str, str]:
     """Optional peers that are not installed, and the command that brings them."""
-    missing = {
-        peer: [module for module in modules if importlib.util.find_spec(module) is None]
-        for peer, modules in OPTIONAL.items()
-    }
+    missing = {peer: [module for module in modules if not _is_installed(module)] for peer, modules in OPTIONAL.items()}
     return {peer: f"pip install {' '.join(modules)}" for peer, modules in missing.items() if modules}
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def samplers(case: Case, names: list[str]) -> dict[str, Sample]:

@@ -140,9 +140,8 @@ def _panel(axes: Axes, rows: list[Row], lines: list[tuple[str, bool]]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks([places[name] for name, _ in lines], [name for name, _ in lines], fontsize=7.5)
-    for label, (_, is_class) in zip(axes.get_yticklabels(), lines, strict=True):
-        label.set_fontweight("bold" if is_class else "normal")
+    for tick, (_, is_class) in zip(axes.yaxis.get_major_ticks(len(lines)), lines, strict=True):
+        tick.label1.set_fontweight("bold" if is_class else "normal")
+        tick.gridline.set_visible(not is_class)
     axes.tick_params(axis="y", length=0)
-    for line, (_, is_class) in zip(axes.get_ygridlines(), lines, strict=True):
-        line.set_visible(not is_class)
     axes.set_ylim(-len(lines) + 0.4, 0.6)
