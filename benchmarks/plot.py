@@ -42,11 +42,11 @@ SERIES = (
     Series("batchnorm, pool off", "ours", ("pool off",), figures.BLUE, "o", False),
 )
 PANELS = (
-    ("Forward, BN", "bn", "forward"),
-    ("Forward + backward, BN + ReLU", "bn_relu", "forward+backward"),
-    ("Inference, BN", "bn", "inference"),
+    ("BN, forward", "bn", "forward"),
+    ("BN + ReLU, forward + backward", "bn_relu", "forward+backward"),
+    ("BN, inference", "bn", "inference"),
 )
-_LAYOUTS = {"contiguous": "contiguous (NCHW)", "channels_last": "channels-last"}
+_LAYOUTS = {"contiguous": "contiguous", "channels_last": "channels-last"}
 _TICKS = (1, 2, 5, 10, 20, 50, 100, 200, 500)
 
 
@@ -72,6 +72,7 @@ def draw(rows: list[Row]) -> Figure:
     layouts = [layout for layout in _LAYOUTS if any(row["layout"] == layout for row in rows)]
     with figures.look():
         figure = Figure(figsize=(8.4, 1.2 + len(PANELS) * (0.6 + 0.165 * len(lines))))
+        figure.get_layout_engine().set(rect=(0.02, 0, 0.98, 1))  # type: ignore[union-attr]  # bold labels are wider
         grid = figure.subplots(len(PANELS), len(layouts), sharex=True, sharey=True, squeeze=False)
         for (title, operation, phase), across in zip(PANELS, grid, strict=True):
             for layout, axes in zip(layouts, across, strict=True):
@@ -79,7 +80,7 @@ def draw(rows: list[Row]) -> Figure:
                     row for row in rows if (row["layout"], row["operation"], row["phase"]) == (layout, operation, phase)
                 ]
                 _panel(axes, chosen, lines)
-                axes.set_title(f"{title}, {_LAYOUTS[layout]}", fontsize=9)
+                axes.set_title(f"{title}, {_LAYOUTS[layout]}", fontsize=8.5)
         for axes in grid[-1]:
             axes.set_xlabel("times a copy of the same tensor", fontsize=8.5)
         entries: dict[str, object] = {}

@@ -11,17 +11,8 @@ import torch
 import batchnorm
 from batchnorm.kernels import dispatch
 
-# The core is hidden from the import system, as if it had never been compiled.
-HIDE = """
-import sys
-from importlib.machinery import PathFinder
-class NoCore(PathFinder):
-    @classmethod
-    def find_spec(cls, name, path=None, target=None):
-        return None if name == "batchnorm.kernels._cpu" else super().find_spec(name, path, target)
-sys.meta_path = [NoCore, *(f for f in sys.meta_path if f.__name__ in ("BuiltinImporter", "FrozenImporter"))] \
-    if "batchnorm" not in sys.modules else 1 / 0
-"""
+# As if it had never been compiled: Python finds None in its place, and no module.
+HIDE = "import sys; sys.modules['batchnorm.kernels._cpu'] = None\n"
 WHY = "batchnorm was installed without it, as it could not be compiled"
 
 
