@@ -84,7 +84,8 @@ def _options() -> argparse.Namespace:
 
 def _publish(rows: list[dict[str, str]]) -> None:
     docs = machine.HERE.parent / "docs"
-    tables.put_into(docs / "performance.md", tables.markdown(rows))
+    image = f"![{plot.ALT}](images/benchmark.png)"
+    tables.put_into(docs / "performance.md", f"{image}\n\n{tables.markdown(rows)}")
     endings = plot.save(rows, docs / "images" / "benchmark")
     print(f"wrote {docs / 'performance.md'} and {docs / 'images' / 'benchmark'}{endings}")
 
