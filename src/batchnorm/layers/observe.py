@@ -35,7 +35,7 @@ def input_moments(layer: _BatchNorm, args: Sequence[Any], kwargs: Mapping[str, A
     Raises:
         ShapeError: the input does not have the layer's channels.
     """
-    x: torch.Tensor = args[0] if args else kwargs["input"]
+    x = input_of(args, kwargs)
     axis = getattr(layer, "channel_axis", 1)
     if axis == 1 and x.ndim < 2:
         raise ShapeError(f"{layer!r} got an input of shape {tuple(x.shape)}: expected (N, C, ...).")
@@ -52,6 +52,12 @@ def input_moments(layer: _BatchNorm, args: Sequence[Any], kwargs: Mapping[str, A
         return whole
     count = whole.count.reshape(expected) if isinstance(whole.count, torch.Tensor) else whole.count
     return Moments(whole.mean.reshape(expected), whole.var.reshape(expected), count)
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The input among the arguments of a layer's call."""
+    x: torch.Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
 def _in_parts(x: torch.Tensor, mask: torch.Tensor | None) -> Moments:

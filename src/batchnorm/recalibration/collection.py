@@ -111,24 +111,32 @@ class Collector:
         if self._counts.total() > 1:
             self._later.add(call)
         if call in self._settled_calls:
-            _write(layer, self._settled[name])
+            write(layer, self._settled[name])
             return
         moments = input_moments(layer, args, kwargs)
         if self._target in (None, call):
             self._keep(call, Seen(self._batch, 0, call[1], moments))
         if self._target == call:
             raise _Enough
-        _write(layer, Running(moments.mean, moments.var))  # biased, as in training
+        write(layer, Running(moments.mean, moments.var))  # biased, as in training
 
     def _keep(self, call: Call, seen: Seen) -> None:
         kept = self._seen.setdefault(call, [])
         kept.append(seen)
         if self._merges and len(kept) >= _MERGE_AFTER:
-            moments = kept[0].moments.merge(*(one.moments for one in kept[1:]))
-            kept[:] = [seen._replace(moments=moments, merged=sum(one.merged for one in kept))]
+            kept[:] = merged(kept)
 
 
-def _write(layer: _BatchNorm, statistics: Running) -> None:
+def merged(seen: list[Seen]) -> list[Seen]:
+    """The same as one, with the number of the last batch; nothing stays nothing."""
+    if len(seen) < 2:
+        return seen
+    moments = seen[0].moments.merge(*(one.moments for one in seen[1:]))
+    return [seen[-1]._replace(moments=moments, merged=sum(one.merged for one in seen))]
+
+
+def write(layer: _BatchNorm, statistics: Running) -> None:
+    """Puts statistics into the buffers of a layer."""
     assert layer.running_mean is not None
     assert layer.running_var is not None
     layer.running_mean.copy_(statistics.mean)
