@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.layers.inventory import BatchNormalization
 from batchnorm.layers.observe import input_moments
+from batchnorm.recalibration.buffers import write
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -69,7 +70,7 @@ class Collector:
 
     def __init__(
         self,
-        layers: Mapping[str, _BatchNorm],
+        layers: Mapping[str, BatchNormalization],
         *,
         settled: Mapping[str, Running],
         settled_calls: Iterable[Call],
@@ -104,7 +105,7 @@ class Collector:
                 on_batch()
         return Collected(number, list(self._calls), self._later, self._seen)
 
-    def _before(self, name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, name: str, layer: BatchNormalization, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = (name, self._counts[name])
         self._counts[name] += 1
         self._calls.setdefault(call)
@@ -133,11 +134,3 @@ def merged(seen: list[Seen]) -> list[Seen]:
         return seen
     moments = seen[0].moments.merge(*(one.moments for one in seen[1:]))
     return [seen[-1]._replace(moments=moments, merged=sum(one.merged for one in seen))]
-
-
-def write(layer: _BatchNorm, statistics: Running) -> None:
-    """Puts statistics into the buffers of a layer."""
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    layer.running_mean.copy_(statistics.mean)
-    layer.running_var.copy_(statistics.var)

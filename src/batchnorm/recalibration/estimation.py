@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any, get_args
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, BatchNormError, ShapeError
-from batchnorm.layers.inventory import Layers
+from batchnorm.layers.inventory import BatchNormalization, Layers
+from batchnorm.recalibration.buffers import by_channel, initial, write
 from batchnorm.recalibration.choice import choose
-from batchnorm.recalibration.collection import Call, Collected, Collector, Forward, Seen, write
-from batchnorm.recalibration.lockstep import END, Lockstep
+from batchnorm.recalibration.collection import Call, Collected, Collector, Forward, Seen
+from batchnorm.recalibration.lockstep import DECLINED, END, Lockstep
 from batchnorm.recalibration.progress import Bar
 from batchnorm.recalibration.ranks import Group, number_of_ranks, together
 from batchnorm.recalibration.report import Estimator, LayerChange, Reading, RecalibrationReport, Skipped
@@ -87,6 +87,7 @@ def recalibrate(
             pass.
         ShapeError: too few values a channel for a variance.
         BatchNormError: a value that enters a layer is not finite, or another rank failed.
+        RankError: another rank did not arrive within the group's timeout, or is gone.
 
     A reused layer gets the statistics of all its calls together. In the sequential reading its later calls are
     collected while the earlier ones use what is settled until then, which is not quite what they will use in the end.
@@ -125,7 +126,7 @@ class _Estimation:
     def __init__(
         self,
         model: torch.nn.Module,
-        layers: Mapping[str, _BatchNorm],
+        layers: Mapping[str, BatchNormalization],
         estimator: Estimator,
         source: Source,
         forward: Forward,
@@ -154,14 +155,15 @@ class _Estimation:
         merges = self._estimator == "population"
         lockstep = Lockstep(self._model, self._layers, self._forward, limit=memory, merges=merges)
         with random_state_kept(self._model), lockstep:
-            batches: Iterable[Any] | None = iter(self._source)
+            batches: Iterable[Any] | None = self._source
             for settled in range(len(self._layers) + 1):
                 self._bar.begin(self._source.length())
                 frontier = partial(lockstep.frontier, batches, on_batch=self._bar.advance)
                 found = together(frontier, self._group, list(self._layers))
                 self.batches, batches = found.batches, None
-                self._check_batches()
-                if len(found.calls) > 1 or found.calls[0][0] not in (END[0], *self._layers):
+                if not found.calls:
+                    self._check_batches()
+                if len(found.calls) > 1 or found.calls == [DECLINED]:
                     break
                 if found.calls == [END]:
                     self.passes = 1
@@ -230,7 +232,7 @@ class _Estimation:
         try:
             if not parts:
                 raise ShapeError("no values came, only empty batches")
-            estimate = _ESTIMATORS[self._estimator](parts, self._layers[name].momentum)
+            estimate = _ESTIMATORS[self._estimator](parts, self._layers[name])
         except ShapeError as error:
             raise ShapeError(
                 f"{name}: {error} The {self._estimator} estimator cannot give it a variance; nothing was changed."
@@ -244,13 +246,17 @@ class _Estimation:
         return estimate
 
 
-_ESTIMATORS: dict[Estimator, Callable[[list[Moments], float | None], Running]] = {
+def _moving_average(parts: list[Moments], layer: BatchNormalization) -> Running:
+    if layer.momentum is None:  # the plain average over all batches
+        return mean_of_batches(parts)
+    start = Running(*(value.to(parts[0].mean.device) for value in initial(layer)))
+    return moving_average(parts, layer.momentum, start=start)
+
+
+_ESTIMATORS: dict[Estimator, Callable[[list[Moments], BatchNormalization], Running]] = {
     "population": lambda parts, _: population(parts),
     "mean_of_batches": lambda parts, _: mean_of_batches(parts),
-    # momentum=None is the plain average over all batches
-    "moving_average": lambda parts, momentum: (
-        mean_of_batches(parts) if momentum is None else moving_average(parts, momentum)
-    ),
+    "moving_average": _moving_average,
 }
 
 
@@ -273,23 +279,20 @@ def _check(estimator: str, reading: str, max_batches: int | None, memory: int | 
 
 
 def _write(
-    layers: Mapping[str, _BatchNorm], estimates: Mapping[str, Running], seen: Mapping[str, list[Seen]]
+    layers: Mapping[str, BatchNormalization], estimates: Mapping[str, Running], seen: Mapping[str, list[Seen]]
 ) -> list[LayerChange]:
     """Puts the estimates into the buffers: the one place in which recalibrate changes the model."""
     changes = []
     for name, new in estimates.items():
         layer, parts = layers[name], [one.moments for one in seen[name]]
         calls = sum(one.merged for one in seen[name])
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        old = Running(layer.running_mean.clone(), layer.running_var.clone())
+        old = by_channel(layer)
         with torch.no_grad():
-            layer.running_mean.copy_(new.mean)
-            layer.running_var.copy_(new.var)
+            write(layer, new)
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(calls)
         count = _fewest([parts[0].merge(*parts[1:])])
-        changes.append(LayerChange.of(name, old, new, layer.eps, count=count, batches=calls))
+        changes.append(LayerChange.of(name, old, by_channel(layer, new), layer.eps, count=count, batches=calls))
     return changes
 
 

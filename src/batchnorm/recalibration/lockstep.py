@@ -10,8 +10,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.layers.inventory import BatchNormalization
 from batchnorm.layers.observe import input_moments, input_of
 from batchnorm.recalibration.collection import Call, Collected, Forward, Seen, merged
 from batchnorm.recalibration.held import Held, can_hold
@@ -47,7 +47,7 @@ class Lockstep:
     def __init__(
         self,
         model: torch.nn.Module,
-        layers: Mapping[str, _BatchNorm],
+        layers: Mapping[str, BatchNormalization],
         forward: Forward,
         *,
         limit: int | None,
@@ -150,7 +150,7 @@ class Lockstep:
         elif len(self._waiting) * threads > _MOST_THREADS:
             self.why = f"more than {_MOST_THREADS} threads would wait"
 
-    def _before(self, name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, name: str, layer: BatchNormalization, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         waiting = self._running
         assert waiting is not None
         x = input_of(args, kwargs)
