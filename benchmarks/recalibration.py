@@ -1,4 +1,4 @@
-"""What recalibrate() costs beside a plain forward pass of the same batches, on a CPU: prints a table, writes a CSV.
+"""What recalibrate() costs beside a plain forward pass of the same batches, on a CPU: prints a table, adds rows to the day's CSV.
 
 In turn, round after round: the forward pass in evaluation and in training mode, torch's update_bn, recalibrate in both
 readings, and if asked the sequential reading with a pass for each layer. Each ratio is the median of the rounds' ratios
@@ -43,8 +43,8 @@ def main() -> None:
     torch.manual_seed(0)
     head, rows = stamp(), []
     for name, make, shape, number in (
-        ("ResNet-20, torch.nn", lambda: resnet20(nn.BatchNorm2d), (128, 3, 32, 32), 8),
-        ("ResNet-20, batchnorm", lambda: resnet20(batchnorm.BatchNorm2d), (128, 3, 32, 32), 8),
+        ("ResNet-20, torch.nn", lambda: resnet20(nn.BatchNorm2d), (128, 3, 32, 32), 4),
+        ("ResNet-20, batchnorm", lambda: resnet20(batchnorm.BatchNorm2d), (128, 3, 32, 32), 4),
         ("ResNet-50, torch.nn", lambda: resnet50(nn.BatchNorm2d), (8, 3, 224, 224), 4),
         ("MLP 3x512, torch.nn", lambda: _mlp(nn.BatchNorm1d), (256, 784), 64),
     ):
@@ -57,11 +57,13 @@ def main() -> None:
         print(f"| {row['network']} | {row['batches']} | {row['what']} | {row['median_ms']} | {row['ratio']} |")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"recalibration-{head['date'][:10]}.csv"
-    with path.open("w", newline="", encoding="utf-8") as file:
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
+        if is_new:
+            writer.writeheader()
         writer.writerows(rows)
-    print(f"wrote {path}")
+    print(f"added to {path}")
 
 
 def _mlp(norm: type[nn.Module]) -> nn.Module:
