@@ -1,4 +1,4 @@
-"""Checkpoints of torch.nn's layers into each layer of the family and back, by state_dict alone: docs/layers/README.md."""
+"""Checkpoints of torch.nn's layers into each layer of the family and back, by state_dict alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ THEIRS = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]
 def _trained(theirs, **options):
     layer = theirs(C, **options)
     with torch.no_grad():
-        for name, value in layer.state_dict().items():
+        for value in layer.state_dict().values():
             if value.is_floating_point():
                 value.uniform_(0.5, 1.5)
             else:
