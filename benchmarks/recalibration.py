@@ -1,4 +1,6 @@
-"""What recalibrate() costs beside a plain forward pass of the same batches, on a CPU: prints a table, adds rows to the day's CSV.
+"""What recalibrate() costs beside a plain forward pass of the same batches, on a CPU.
+
+Prints a table and adds its rows to the day's CSV.
 
 In turn, round after round: the forward pass in evaluation and in training mode, torch's update_bn, recalibrate in both
 readings, and if asked the sequential reading with a pass for each layer. Each ratio is the median of the rounds' ratios

@@ -7,6 +7,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import batchnorm
 from batchnorm import DecorrelatedBatchNorm, recalibrate
@@ -105,7 +106,7 @@ def test_more_activations_than_fit_get_a_pass_for_each_layer(monkeypatch):
 
 
 def test_modes_that_other_threads_do_not_know_are_respected():
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as mode:
+    with FlopCounterMode(display=False) as mode:
         report = recalibrate(_made(_Residual), _batches())
     assert report.passes == 3
     assert mode.get_total_flops() > 0
