@@ -139,6 +139,26 @@ int64_t forward(nb::handle x, nb::handle y, nb::handle residual, nb::handle mask
   return -1;
 }
 
+// Mean and variance of x with every value widened to float64 first; mean and var: float64, (C,), contiguous. Returns the
+// number of values of each channel, or -1 where the strides are none that the core knows.
+int64_t wide_stats(nb::handle x, nb::handle mean, nb::handle var, int threads) {
+  Call call;
+  const TensorView vx = view_of(x);
+  check_input(vx);
+  const TensorView* const views[] = {&vx};
+  Operand* const operands[] = {&call.x};
+  if (!set_layout(call, views, operands, 1)) return -1;
+  call.dtype = vx.dtype();
+  call.threads = threads;
+  call.count = call.N * call.L;
+  Wide wide_mean(mean, call.C), wide_var(var, call.C);
+  call.mean = wide_mean.data();
+  call.var = wide_var.data();
+  for (int64_t c = 0; call.count == 0 && c < call.C; ++c) call.mean[c] = call.var[c] = 0;
+  run(kernels().wide_stats, call);
+  return call.count;
+}
+
 // Whether an input, its parameters, residual and statistics are what they should be, in the common case: a float tensor
 // (N, C, ...) with a layout that the core knows and more than one value a channel. False for anything else, wrong or
 // rare: the checks in Python then tell which.
@@ -270,6 +290,7 @@ NB_MODULE(_cpu, m) {
   m.def("backward", &backward, T("dy"), T("x"), T("residual"), T("dx"), T("dresidual"), T("mask"), T("weight"),
         T("bias"), T("mean"), T("var"), nb::arg("eps"), nb::arg("activation"), T("sum_dz"), T("sum_dz_xhat"),
         nb::arg("count"), nb::arg("reduces"), nb::arg("maps"), nb::arg("is_estimated"), nb::arg("threads"));
+  m.def("wide_stats", &wide_stats, T("x"), T("mean"), T("var"), nb::arg("threads"));
   m.def("is_ordinary", &is_ordinary, T("x"), T("weight"), T("bias"), T("residual"), T("mean"), T("var"));
   m.def("update_running", &update_running, T("running_mean"), T("running_var"), T("tracked"), T("mean"), T("var"),
         nb::arg("count"), nb::arg("momentum"));

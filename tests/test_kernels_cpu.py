@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -327,3 +328,52 @@ class TestPool:
         assert _cpu.pool_state()[1] == 0
         batch_norm(x)
         assert _cpu.pool_state()[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["planar", "channels-last"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wide_stats_are_one_float64_pass(instruction_set, shape, layout, dtype):
+    x = (torch.randn(shape) * 2 + 100).to(dtype)
+    if layout == "channels-last":
+        x = _channels_last(x)
+    values = x.double().movedim(1, 0).reshape(shape[1], -1)
+    mean = values.mean(1)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        moments = cpu.wide_stats(x)
+        assert moments.count == values.shape[1]
+        torch.testing.assert_close(moments.mean, mean, rtol=1e-13, atol=0)
+        torch.testing.assert_close(moments.var, (values - mean[:, None]).square().mean(1), rtol=1e-11, atol=0)
+        results.append(moments)
+    assert torch.equal(results[0].mean, results[1].mean)
+    assert torch.equal(results[0].var, results[1].var)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 200), max_size=6), st.floats(-1e4, 1e4), st.sampled_from([1, 3, 49, 600]))
+def test_wide_stats_do_not_depend_on_the_split(cuts, mean, length):
+    x = torch.randn(200, 3, length, generator=torch.Generator().manual_seed(5)) + mean
+    edges = [0, *sorted(cuts), 200]
+    whole = cpu.wide_stats(x)
+    parts = [cpu.wide_stats(x[a:b]) for a, b in itertools.pairwise(edges)]
+    merged = parts[0].merge(*parts[1:])
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(merged.var, whole.var, rtol=1e-10, atol=0)
+
+
+def test_wide_stats_of_any_strides_nothing_and_nan():
+    x = torch.randn(6, 5, 4, 3)
+    for view in (x.transpose(2, 3), x[::2, 1:4], x.permute(3, 2, 1, 0), x[:, :, :1].expand(6, 5, 4, 3)):
+        moments = cpu.wide_stats(view)
+        values = view.double().movedim(1, 0).reshape(view.shape[1], -1)
+        torch.testing.assert_close(moments.mean, values.mean(1))
+        torch.testing.assert_close(moments.var, values.var(1, correction=0))
+    empty = cpu.wide_stats(x[:0])
+    assert empty.count == 0
+    assert not empty.mean.any()
+    assert not empty.var.any()
+    x[1, 2, 3, 0] = float("nan")
+    assert cpu.wide_stats(x).mean.isnan().tolist() == [False, False, True, False, False]
+    assert cpu.wide_stats(torch.zeros(2, 3, device="meta")) is None

@@ -1,6 +1,7 @@
 // The core for one instruction set: chooses the kernels for a call. CMakeLists.txt compiles this file once for each.
 #include "matrix.hpp"
 #include "planar.hpp"
+#include "wide_stats.hpp"
 
 namespace batchnorm {
 namespace BATCHNORM_ISA {
@@ -64,7 +65,7 @@ void backward(const Call& call) { by_dtype<Backward>(call); }
 }  // namespace
 
 extern const Kernels kernels;
-const Kernels kernels{BATCHNORM_TEXT(BATCHNORM_ISA), forward, backward};
+const Kernels kernels{BATCHNORM_TEXT(BATCHNORM_ISA), forward, backward, wide_stats};
 
 }  // namespace BATCHNORM_ISA
 }  // namespace batchnorm

@@ -36,7 +36,7 @@ def recalibrate(
     out: Annotated[Path, typer.Option(help="Where the new state_dict goes: .safetensors, .pt or .pth.")],
     estimator: Annotated[EstimatorName, typer.Option(help="Which mean and variance.")] = EstimatorName.population,
     reading: Annotated[
-        ReadingName, typer.Option(help="Earlier layers use their new statistics, or those of each batch (one pass).")
+        ReadingName, typer.Option(help="Earlier layers use their new statistics, or those of each batch.")
     ] = ReadingName.sequential,
     layer: Annotated[
         list[str] | None, typer.Option(help="Only this layer, or the layers in this part; may be given several times.")
@@ -45,6 +45,10 @@ def recalibrate(
         str | None, typer.Option(help="package.module:function(model, batch), for batches of another kind.")
     ] = None,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Use this many batches at most.")] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(min=0, help="Bytes of activations that may wait for the one sequential pass; 0: a pass a layer."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on stdout.")
@@ -77,6 +81,7 @@ def recalibrate(
         forward=None if forward is None else from_module(forward, "--forward"),
         max_batches=max_batches,
         group="local",
+        memory=memory,
     )
     files.write(out, files.with_statistics(saved, network, [change.name for change in report.layers]))
     if as_json:

@@ -42,6 +42,7 @@ def backward(
     threads: int,
     /,
 ) -> bool: ...
+def wide_stats(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, threads: int, /) -> int: ...
 def is_ordinary(
     x: torch.Tensor,
     weight: torch.Tensor | None,

@@ -91,6 +91,22 @@ def stats(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
     return Moments(mean, var, _forward(x, None, None, mask, mean, var, _NOTHING, True))
 
 
+def wide_stats(x: torch.Tensor) -> Moments | None:
+    """Moments of (N, C, L) `x` with every value widened to float64 first; None where the core cannot read it.
+
+    Slower than `stats`, which sums in float32 what came in float32, and the same to float64 rounding however the values
+    are split into tensors.
+    """
+    if not can_take(x):
+        return None
+    mean, var = _new_statistics(x)
+    threads = torch.get_num_threads()
+    count = _cpu.wide_stats(x, mean, var, threads)
+    if count < 0:  # strides that the core does not know
+        count = _cpu.wide_stats(x.contiguous(), mean, var, threads)
+    return Moments(mean, var, count)
+
+
 def apply(
     x: torch.Tensor, statistics: Statistics, affine: Affine, residual: torch.Tensor | None = None
 ) -> torch.Tensor:

@@ -79,6 +79,16 @@ def update_running(
     return cpu.update_running(running, tracked, batch, momentum)
 
 
+def wide_stats(x: torch.Tensor) -> Moments | None:
+    """Moments of (N, C, L) `x`, summed in float64 from the first addition on, where a backend does that at once.
+
+    See `kernels.cpu.wide_stats`.
+    """
+    if _cpu is None or _name == "reference" or torch.compiler.is_compiling():
+        return None
+    return cpu.wide_stats(x)
+
+
 def set_backend(name: BackendName) -> None:
     """Chooses the backend of this process: "auto", or one by its name.
 
