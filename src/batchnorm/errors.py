@@ -23,5 +23,9 @@ class RankError(BatchNormError, RuntimeError):
     """A rank of a process group did not join a layer's collective operation in time."""
 
 
+class MissingPackageError(BatchNormError, ImportError):
+    """A package that the base installation does without is not there."""
+
+
 class StatisticsWarning(UserWarning):
     """Something kept a batch out of the running statistics."""
