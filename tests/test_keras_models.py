@@ -185,7 +185,7 @@ def test_a_subclassed_model_is_built_and_fitted(digits):
 
 
 def test_penalties_enter_the_loss(digits):
-    (images, labels), _ = digits
+    (images, _), _ = digits
     x = images[:64]
     model = keras.Sequential([keras.Input((64,)), BatchNormalization(gamma_regularizer=keras.regularizers.L2(1.0))])
     model.compile(keras.optimizers.SGD(0.01), "mse")

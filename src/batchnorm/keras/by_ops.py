@@ -64,8 +64,8 @@ def by_batch(
     centred = centred - rest
     variance = mean_of(ops.square(centred))
     sizes = [x.shape[one] for one in axes]
-    parts = (ops.stop_gradient(ops.reshape(part, sizes)) for part in (shift + rest, variance))
-    batch = Batch(*parts, count)
+    mean, plain = (ops.stop_gradient(ops.reshape(part, sizes)) for part in (shift + rest, variance))
+    batch = Batch(mean, plain, count)
     if correction is not None:
         gamma, beta = correction(batch)
     return _scaled(centred, variance, gamma, beta, epsilon, axes), batch

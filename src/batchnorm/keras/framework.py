@@ -7,9 +7,10 @@ from batchnorm.errors import MissingPackageError
 try:
     import keras as keras
 except ModuleNotFoundError as error:
-    if error.name != "keras":  # Keras is there and lacks its backend
+    lacking = (error.name or "").partition(".")[0]
+    if lacking != "keras":  # Keras is there and lacks its backend
         raise MissingPackageError(
-            f"Keras cannot start: it lacks {error.name!r}. Its backend is chosen before it is imported: set the "
+            f"Keras cannot start: it lacks {lacking!r}. Its backend is chosen before it is imported: set the "
             "environment variable KERAS_BACKEND to torch, jax or tensorflow, whichever is installed."
         ) from error
     raise MissingPackageError("batchnorm.keras needs Keras 3: pip install 'batchnorm[keras]'") from error
