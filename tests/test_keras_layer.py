@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import keras
@@ -100,6 +101,8 @@ def test_inference_uses_the_moving_statistics_and_leaves_them(shape, axis):
     ids=str,
 )
 def test_three_steps_and_an_evaluation_are_those_of_keras(arguments):
+    if "renorm" in arguments and "renorm" not in inspect.signature(keras.layers.BatchNormalization).parameters:
+        pytest.skip("this version of Keras has no renorm")
     ours, theirs = BatchNormalization(**arguments), keras.layers.BatchNormalization(**arguments)
     for seed in range(3):
         x, dy = numbers((32, 4), seed), numbers((32, 4), seed + 10)
@@ -271,7 +274,7 @@ def test_the_config_gives_the_same_layer():
     assert config["renorm_clipping"] == {"rmax": 2.0}
     assert again.gamma_regularizer.l2 == pytest.approx(0.1)
     assert not again.trainable
-    assert set(keras.layers.BatchNormalization().get_config()) == set(config)
+    assert set(keras.layers.BatchNormalization().get_config()) <= set(config)
     theirs = keras.layers.BatchNormalization(momentum=0.3).get_config()
     assert BatchNormalization.from_config(theirs).momentum == 0.3
     assert BatchNormalization.from_config({**theirs, "axis": [3]}).axis == 3  # as Keras 2 wrote it

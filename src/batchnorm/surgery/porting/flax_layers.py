@@ -97,7 +97,7 @@ def _walk(node: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
     children = dict(_nnx().iter_children(node))
     order = [*(key for key in vars(node) if key in children), *(key for key in children if key not in vars(node))]
     for key in order:
-        if isinstance(children[key], _nnx().Pytree):  # a module, or a list or dict of them; no variable
+        if not isinstance(children[key], _nnx().Variable):
             yield from _walk(children[key], f"{name}.{key}" if name else str(key), seen)
 
 

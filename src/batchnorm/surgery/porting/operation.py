@@ -76,10 +76,26 @@ def port(
     )
     if not report.holds:
         raise VerificationError(f"the layers do not compute the same, and nothing was written.\n{report}", report)
-    for one, other in matched:
-        other.write(one.numbers())
+    _write(matched)
     to_framework.refresh(target)
     return target, report
+
+
+def _write(matched: list[tuple[PortableLayer, PortableLayer]]) -> None:
+    """Writes all layers, or puts back what was there.
+
+    Raises:
+        VerificationError: a layer cannot hold the numbers, as in half precision.
+    """
+    before = [other.numbers() for _, other in matched]
+    try:
+        for one, other in matched:
+            other.write(one.numbers())
+            _check_arrived(one.numbers(), other)
+    except BaseException:
+        for numbers, (_, other) in zip(before, matched, strict=True):
+            other.write(numbers)
+        raise
 
 
 def _tried(source: PortableLayer, target: PortableLayer, tolerance: float) -> PortedLayer:
@@ -89,7 +105,7 @@ def _tried(source: PortableLayer, target: PortableLayer, tolerance: float) -> Po
     numbers, have = source.numbers(), target.numbers()
     twin = target.twin(rank)
     twin.write(numbers)
-    _check_arrived(numbers, twin)
+    not_tried = source.only_inference or target.only_inference
     return PortedLayer(
         source.name,
         target.name,
@@ -99,15 +115,15 @@ def _tried(source: PortableLayer, target: PortableLayer, tolerance: float) -> Po
         numbers.momentum,
         (source.axis, target.axis),
         (source.rule, target.rule),
-        trial.run(source.twin(rank), twin, rank, tolerance),
-        source.only_inference or target.only_inference,
+        trial.run(source.twin(rank), twin, rank, tolerance, only_inference=bool(not_tried)),
+        not_tried,
         _note(numbers, have),
     )
 
 
-def _check_arrived(numbers: Numbers, twin: PortableLayer) -> None:
+def _check_arrived(numbers: Numbers, layer: PortableLayer) -> None:
     """Raises VerificationError where the target holds something else than what was written."""
-    there = twin.numbers()
+    there = layer.numbers()
     for field in dataclasses.fields(Numbers):
         before, after = getattr(numbers, field.name), getattr(there, field.name)
         if (
@@ -115,7 +131,10 @@ def _check_arrived(numbers: Numbers, twin: PortableLayer) -> None:
             and after is not None
             and not np.allclose(after, before, rtol=1e-6, atol=0, equal_nan=True)
         ):
-            raise VerificationError(f"{twin.kind} {twin.name!r}: {field.name} did not arrive as it was.")
+            raise VerificationError(
+                f"{layer.kind} {layer.name!r} cannot hold {field.name} as it is in the source; nothing was written. "
+                "Convert the target to float32 first."
+            )
 
 
 def _note(numbers: Numbers, have: Numbers) -> str:

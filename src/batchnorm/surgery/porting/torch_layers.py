@@ -48,14 +48,14 @@ class TorchLayer:
         layer = self.layer
         if isinstance(layer, _LAZY):
             return "it has no shape yet: call the model once"
+        if parametrize.is_parametrized(layer):
+            return "its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
         if self._class not in _KNOWN:
             return "its training is not plain batch normalization, which the other frameworks have"
         if layer.running_mean is None or layer.running_var is None:
             return "it keeps no running statistics (track_running_stats=False)"
         if getattr(layer, "activation", None) is not None:
             return f"the activation that is fused into it, {layer.activation}, would be lost: take it out first"
-        if parametrize.is_parametrized(layer):
-            return "its parameters are parametrized: torch.nn.utils.parametrize.remove_parametrizations first"
         return ""
 
     def numbers(self) -> Numbers:
