@@ -35,8 +35,6 @@ def read(path: Path, *, compiled: bool) -> Any:
 
     try:
         return keras.saving.load_model(path, compile=compiled, safe_mode=True)
-    except OSError:
-        raise
     except Exception as error:  # the reader meets broken and foreign files with whatever it stumbles over
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise ArgumentError(f"{path} cannot be loaded by Keras with safe_mode: {first}") from error
