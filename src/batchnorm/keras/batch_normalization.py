@@ -17,7 +17,7 @@ if keras.backend.backend() == "torch":
 else:
     from batchnorm.keras import by_ops as engine  # type: ignore[no-redef]
 
-_SYNCHRONIZED = ("torch", "jax")
+_SYNCHRONIZED = ("torch", "jax", "tensorflow")
 
 
 @keras.saving.register_keras_serializable(package="batchnorm")
@@ -49,8 +49,9 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
         renorm: batch renormalization; adds the weights moving_stddev, renorm_mean and renorm_stddev.
         renorm_clipping: bounds of its correction, any of "rmin", "rmax", "dmax".
         renorm_momentum: weight of the OLD value in the statistics that the correction uses.
-        synchronized: the statistics are those of all processes of torch.distributed together. On JAX they are those of
-            all devices of a keras.distribution whether asked or not: there the batch is one array.
+        synchronized: the statistics are those of all processes of torch.distributed together, or of all replicas of a
+            tf.distribute strategy. On JAX they are those of all devices of a keras.distribution whether asked or not:
+            there the batch is one array.
         **kwargs: of keras.layers.Layer: name, dtype, trainable, ...
 
     Raises:
@@ -95,7 +96,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
             raise ArgumentError(f"epsilon must be at least 0, got {epsilon}.")
         if synchronized and keras.backend.backend() not in _SYNCHRONIZED:
             raise ArgumentError(
-                f"synchronized=True works on the backends {' and '.join(_SYNCHRONIZED)}, and this is "
+                f"synchronized=True works on the backends {', '.join(_SYNCHRONIZED)}, and this is "
                 f"{keras.backend.backend()}: choose one with KERAS_BACKEND, or use keras.layers.BatchNormalization."
             )
         # Axis, synchronized and renormalization are ours: Keras' own know less, or came with its later versions.

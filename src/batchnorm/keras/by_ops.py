@@ -6,11 +6,15 @@ x * scale + (beta - mean * scale).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from batchnorm.keras.batch import Batch, Correction
 from batchnorm.keras.framework import keras
 from batchnorm.keras.layout import number_of_values, other_axes
+
+Sum: TypeAlias = Callable[[Any], Any]
+"""The sum of the replicas' tensors."""
 
 
 def by_batch(
@@ -22,7 +26,7 @@ def by_batch(
     axes: tuple[int, ...],
     mask: Any,
     correction: Correction | None,
-    ranks: None,
+    ranks: Sum | None,
 ) -> tuple[Any, Batch]:
     """Normalises with the batch's own statistics.
 
@@ -34,7 +38,8 @@ def by_batch(
         axes: the channel axes, ascending.
         mask: as from `layout.mask_for`; None counts everything. What it leaves out may hold anything.
         correction: gives gamma and beta from the statistics, in place of those given.
-        ranks: none here; JAX under keras.distribution sees the batch of all devices as one array.
+        ranks: adds up over those whose batches are one batch; None is this one alone, and JAX, where a batch on all
+            devices of a keras.distribution is one array.
 
     Returns:
         y, shape of x, float32 at least; and the statistics.
@@ -46,15 +51,18 @@ def by_batch(
     values = _wide(x)
     others = other_axes(len(x.shape), axes)
     if mask is None:
-        keep, count = None, number_of_values(x, axes)
+        keep, count = None, number_of_values(x, axes, is_whole=ranks is None)
     else:
         keep = ops.broadcast_to(ops.expand_dims(mask, axes), ops.shape(x))
         count = ops.sum(ops.cast(ops.broadcast_to(mask, [ops.shape(x)[one] for one in others]), "int32"))
         values = ops.where(ops.logical_or(keep, ops.abs(values) < _LARGEST), values, 0.0)
+    if ranks is not None:
+        count = ranks(ops.convert_to_tensor(count, "int32"))
     divisor = max(count, 1) if isinstance(count, int) else ops.cast(ops.maximum(count, 1), values.dtype)
 
     def mean_of(what: Any) -> Any:
-        return ops.sum(what if keep is None else ops.where(keep, what, 0.0), axis=others, keepdims=True) / divisor
+        total = ops.sum(what if keep is None else ops.where(keep, what, 0.0), axis=others, keepdims=True)
+        return (total if ranks is None else ranks(total)) / divisor
 
     # Shifted by a rough mean first, subtraction is exact to the rounding of the difference. The shift is a constant to
     # the gradient: nothing depends on it.
@@ -83,8 +91,16 @@ def by_statistics(
     return _scaled(values - mean, variance, gamma, beta, epsilon, axes)
 
 
-def ranks_for(name: str) -> None:
-    """No process group: see `by_batch`."""
+def ranks_for(name: str) -> Sum | None:
+    """The replicas of a tf.distribute strategy; None outside of one, and on JAX."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    import tensorflow as tf
+
+    replica = tf.distribute.get_replica_context()
+    if replica is None or replica.num_replicas_in_sync == 1:
+        return None
+    return lambda values: replica.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
 
 def is_recomputed() -> bool:

@@ -50,17 +50,17 @@ def other_axes(rank: int, axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(one for one in range(rank) if one not in axes)
 
 
-def number_of_values(x: Any, axes: tuple[int, ...]) -> Any:
+def number_of_values(x: Any, axes: tuple[int, ...], *, is_whole: bool = True) -> Any:
     """How many values a channel has: an int, or a scalar tensor where the backend traces an unknown size.
 
     Raises:
-        ShapeError: it is one, which has no variance.
+        ShapeError: it is one, which has no variance, and the batch is the whole one: no other process has a part of it.
     """
     shape = keras.ops.shape(x)
     sizes = [shape[one] for one in other_axes(len(shape), axes)]
     if not all(isinstance(size, int) for size in sizes):
         return keras.ops.prod(keras.ops.stack(sizes))
-    if math.prod(sizes) == 1:
+    if is_whole and math.prod(sizes) == 1:
         raise ShapeError(
             f"Expected more than 1 value per channel when training, got 1 in an input of shape {tuple(shape)}: the "
             "variance of one value is 0. Choose batch_size so that no single example remains at the end of an epoch "
