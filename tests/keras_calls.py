@@ -18,7 +18,7 @@ class Step(NamedTuple):
 
 
 def array(value) -> np.ndarray:
-    return keras.ops.convert_to_numpy(value).astype(np.float64)
+    return keras.ops.convert_to_numpy(keras.ops.stop_gradient(keras.ops.convert_to_tensor(value))).astype(np.float64)
 
 
 def weights(layer) -> dict[str, np.ndarray]:

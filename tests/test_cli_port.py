@@ -21,8 +21,6 @@ from batchnorm.cli.app import app
 from batchnorm.errors import ArgumentError
 from batchnorm.keras import BatchNormalization
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 SOURCE = """
 import torch
 

@@ -10,7 +10,6 @@ import pytest
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize(("name", "least"), [("keras.md", 20), ("port.md", 7)])
 def test_the_examples_run(name, least):
     flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS

@@ -14,8 +14,6 @@ from keras_calls import BACKEND, array, step, weights
 from batchnorm.errors import ArgumentError, ShapeError, StatisticsWarning
 from batchnorm.keras import BatchNormalization
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 EPS = 1e-3
 CASES = [
     pytest.param((32, 5), -1, id="N,C"),

@@ -20,8 +20,6 @@ from batchnorm.keras import BatchNormalization
 nnx = pytest.importorskip("flax.nnx")
 pytest.importorskip("flax", minversion="0.12")
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-
 C = 3
 
 

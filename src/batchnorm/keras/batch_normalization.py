@@ -274,14 +274,14 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for JSON; a tuple axis as a list."""
-        return {
-            **super().get_config(),
-            "axis": self.axis if isinstance(self.axis, int) else list(self.axis),
-            "renorm": self.renorm,
-            "renorm_clipping": None if self.renorm_clipping is None else dict(self.renorm_clipping),
-            "renorm_momentum": self.renorm_momentum,
-            "synchronized": self.synchronized,
-        }
+        config = super().get_config()
+        config["axis"] = self.axis if isinstance(self.axis, int) else list(self.axis)
+        config["synchronized"] = self.synchronized
+        if self.renorm or "renorm" in config:  # earlier versions of Keras, which may load this, do not know it
+            config["renorm"] = self.renorm
+            config["renorm_clipping"] = None if self.renorm_clipping is None else dict(self.renorm_clipping)
+            config["renorm_momentum"] = self.renorm_momentum
+        return config
 
 
 def _again(initializer: Any) -> Any:

@@ -48,6 +48,7 @@ def port(
 
     Example:
         >>> import keras
+        >>> import torch
         >>> source = keras.layers.BatchNormalization(epsilon=1e-3, momentum=0.99)
         >>> source.build((None, 8, 8, 3))
         >>> target, report = port(source, torch.nn.BatchNorm2d(3))
