@@ -274,7 +274,7 @@ class BatchNormalization(keras.layers.BatchNormalization):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         """The arguments, for JSON; a tuple axis as a list."""
-        config = super().get_config()
+        config: dict[str, Any] = super().get_config()
         config["axis"] = self.axis if isinstance(self.axis, int) else list(self.axis)
         config["synchronized"] = self.synchronized
         if self.renorm or "renorm" in config:  # earlier versions of Keras, which may load this, do not know it
