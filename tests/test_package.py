@@ -27,6 +27,7 @@ PUBLIC = [
     "freeze",
     "merge_statistics",
     "parameter_groups",
+    "port",
     "recalibrate",
     "transaction",
     "unfreeze",

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from batchnorm.stats.moments import Moments as Moments
     from batchnorm.surgery.freezing import freeze as freeze
     from batchnorm.surgery.freezing import unfreeze as unfreeze
+    from batchnorm.surgery.porting.operation import port as port
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,7 @@ _HOMES = {
     "Moments": "batchnorm.stats.moments",
     "freeze": "batchnorm.surgery.freezing",
     "merge_statistics": "batchnorm.recalibration.federation",
+    "port": "batchnorm.surgery.porting.operation",
     "parameter_groups": "batchnorm.layers.weight_decay",
     "recalibrate": "batchnorm.recalibration.estimation",
     "transaction": "batchnorm.layers.transactions",
@@ -72,6 +74,7 @@ __all__ = [
     "freeze",
     "merge_statistics",
     "parameter_groups",
+    "port",
     "recalibrate",
     "transaction",
     "unfreeze",

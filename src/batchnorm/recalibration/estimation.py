@@ -11,6 +11,7 @@ import torch
 
 from batchnorm.errors import ArgumentError, BatchNormError, ShapeError
 from batchnorm.layers.inventory import BatchNormalization, Layers
+from batchnorm.layers.random_state import random_state_kept
 from batchnorm.recalibration.buffers import by_channel, initial, write
 from batchnorm.recalibration.choice import choose
 from batchnorm.recalibration.collection import Call, Collected, Collector, Forward, Seen
@@ -18,7 +19,7 @@ from batchnorm.recalibration.lockstep import DECLINED, END, Lockstep
 from batchnorm.recalibration.progress import Bar
 from batchnorm.recalibration.ranks import Group, number_of_ranks, together
 from batchnorm.recalibration.report import Estimator, LayerChange, Reading, RecalibrationReport, Skipped
-from batchnorm.recalibration.restoration import lent_in_evaluation, random_state_kept
+from batchnorm.recalibration.restoration import lent_in_evaluation
 from batchnorm.recalibration.source import Source, on_first_input
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.population import mean_of_batches, moving_average, population
