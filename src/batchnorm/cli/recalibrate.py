@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from batchnorm.errors import ArgumentError
+from batchnorm.cli.surgery import check_out, network
 
 # What needs torch is imported inside the command, so that --help answers at once.
 
@@ -55,21 +55,17 @@ def recalibrate(
     The factories take no arguments and are found from the current folder, too. Everything in WEIGHTS but running_mean,
     running_var and num_batches_tracked goes to OUT as it is. Exit status: 0 done, 2 bad input.
     """
-    if out.exists() and not force:
-        raise ArgumentError(f"{out} exists: pass --force to overwrite it, or choose another --out")
-    if not out.resolve().parent.is_dir():
-        raise ArgumentError(f"the folder of --out, {out.parent}, does not exist")
+    check_out(out, force=force)
 
     from batchnorm.cli import weights as files
     from batchnorm.cli.loading import from_module
     from batchnorm.recalibration import recalibrate as run
 
-    files.check_suffix(out)
     saved = files.read(weights)
-    network = _network(from_module(model, "MODEL")(), model)
-    files.load_into(network, saved, weights)
+    trained = network(model)
+    files.load_into(trained, saved, weights)
     report = run(
-        network,
+        trained,
         from_module(data, "--data")(),
         estimator=estimator.value,
         reading=reading.value,
@@ -78,17 +74,9 @@ def recalibrate(
         max_batches=max_batches,
         group="local",
     )
-    files.write(out, files.with_statistics(saved, network, [change.name for change in report.layers]))
+    files.write(out, files.with_statistics(saved, trained, [change.name for change in report.layers]))
     if as_json:
         typer.echo(json.dumps({**report.as_dict(), "out": str(out)}, indent=2))
     else:
         typer.echo(str(report))
         typer.echo(f"Written: {out}")
-
-
-def _network(made: Any, spec: str) -> Any:
-    import torch
-
-    if not isinstance(made, torch.nn.Module):
-        raise ArgumentError(f"{spec} must give a torch.nn.Module, got {type(made).__name__}")
-    return made

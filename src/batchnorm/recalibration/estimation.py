@@ -11,12 +11,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, BatchNormError, ShapeError
 from batchnorm.layers.inventory import Layers
+from batchnorm.layers.random_state import random_state_kept
 from batchnorm.recalibration.choice import choose
 from batchnorm.recalibration.collection import Call, Collected, Collector, Forward, Seen
 from batchnorm.recalibration.progress import Bar
 from batchnorm.recalibration.ranks import Group, number_of_ranks, together
 from batchnorm.recalibration.report import Estimator, LayerChange, Reading, RecalibrationReport, Skipped
-from batchnorm.recalibration.restoration import lent_in_evaluation, random_state_kept
+from batchnorm.recalibration.restoration import lent_in_evaluation
 from batchnorm.recalibration.source import Source, on_first_input
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.population import mean_of_batches, moving_average, population

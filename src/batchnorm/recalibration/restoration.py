@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,19 +49,3 @@ def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
 def _uncompiled() -> AbstractContextManager[None]:
     # Importing the compiler takes seconds; where nobody has, nothing is compiled.
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def random_state_kept(model: torch.nn.Module) -> Iterator[None]:
-    """The states of all random generators are those from before: torch's (with the model's devices), Python's, NumPy's.
-
-    Two passes over a shuffled DataLoader, each inside of one, see the same batches.
-    """
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (loaders draw from the global one)
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

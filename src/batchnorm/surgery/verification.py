@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -77,6 +77,18 @@ def compare(pairs: Iterable[tuple[Any, Any]], *, tolerance: float) -> Agreement:
     if not inputs:
         raise ArgumentError("nothing to compare: at least one input is needed.")
     return Agreement(absolute, relative, tolerance, inputs)
+
+
+def call(model: torch.nn.Module, example: Any) -> Any:
+    """The model's output on an example: a tuple or list is its arguments, a dict its keyword arguments.
+
+    Example:
+        >>> call(torch.nn.Flatten(0), {"input": torch.ones(2, 2)})
+        tensor([1., 1., 1., 1.])
+    """
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple | list) else model(example)
 
 
 def _alike(before: Any, after: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
