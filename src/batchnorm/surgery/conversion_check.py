@@ -19,6 +19,7 @@ from batchnorm.surgery.targets import Built
 from batchnorm.surgery.verification import Agreement, call, compare
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+_RANKS = {torch.nn.BatchNorm1d: 2, torch.nn.BatchNorm2d: 4, torch.nn.BatchNorm3d: 5}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -139,7 +140,7 @@ def _pairs(step: Step) -> Iterator[tuple[Any, Any]]:
     modes = [False] * step.built.keeps_evaluation + [True] * step.trains_alike
     for training in modes:
         with random_state_kept(old):
-            x = _random_input(step.reading)
+            x = _random_input(step)
             yield _answer(old, x, training), _answer(new, x, training)
 
 
@@ -161,8 +162,10 @@ def _answer(layer: torch.nn.Module, x: torch.Tensor, training: bool) -> dict[str
 def _probe(module: torch.nn.Module, training: bool) -> torch.nn.Module:
     """A copy that shares parameters and has buffers of its own; without hooks, which are nobody's business here."""
     new = object.__new__(type(module))
+    computed = {name: one.detach() for name, one in vars(module).items() if isinstance(one, torch.Tensor)}
     new.__dict__ = {
         **vars(module),
+        **computed,  # by hooks, from other parameters
         **{name: type(vars(module)[name])() for name in _HOOKS},
         "_buffers": {name: None if one is None else one.clone() for name, one in module._buffers.items()},
         "_modules": {name: None if one is None else _probe(one, training) for name, one in module._modules.items()},
@@ -171,14 +174,15 @@ def _probe(module: torch.nn.Module, training: bool) -> torch.nn.Module:
     return new
 
 
-def _random_input(reading: Reading) -> torch.Tensor:
-    """Normal numbers, mean 1, that the layer takes."""
-    layer = reading.layer
-    features = reading.num_features
-    axis = reading.setting("channel_axis", 1)
+def _random_input(step: Step) -> torch.Tensor:
+    """Normal numbers, mean 1, that both layers take."""
+    layer, axis = step.reading.layer, step.reading.setting("channel_axis", 1)
+    features = step.reading.num_features
     sizes, axes = (features, axis) if isinstance(axis, tuple) else ((features,), (axis,))
-    rank = {1: 2, 2: 4, 3: 5}.get(reading.home.rank or 0, 4)
-    rank = max([rank, *(one + 2 if one >= 0 else 1 - one for one in axes)])
+    new = step.built.module
+    kinds = (layer, new[0] if isinstance(new, torch.nn.Sequential) else new)
+    rank = next((rank for kind, rank in _RANKS.items() if any(isinstance(one, kind) for one in kinds)), 4)
+    rank = max([rank, *(one + 2 if one >= 0 else 1 - one for one in axes if one != 1)])
     shape = [4] * rank
     for size, one in zip(sizes, sorted(one % rank for one in axes), strict=True):
         shape[one] = size
