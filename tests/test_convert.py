@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import pickle
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -759,3 +761,10 @@ def test_real_layers_of_timm():
     ]
     assert report.agreement.holds
     _assert_same(model, convert(new, "torch")[0])
+
+
+def test_the_examples_of_the_guide_run():
+    guide = Path(__file__).parent.parent / "docs" / "convert.md"
+    found = doctest.testfile(str(guide), module_relative=False)
+    assert found.attempted >= 8
+    assert found.failed == 0

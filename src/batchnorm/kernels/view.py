@@ -84,7 +84,7 @@ class View(NamedTuple):
 
     @staticmethod
     def as_tensor(y: torch.Tensor) -> torch.Tensor:
-        """The memory of `y` in a tensor that is no view to autograd, which lets nobody write to views from a Function."""
+        """`y` as a tensor that is no view: autograd lets nobody write to a view that a Function returns."""
         if not y._is_view():
             return y
         return torch.empty(0, dtype=y.dtype, device=y.device).set_(
