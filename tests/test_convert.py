@@ -147,6 +147,15 @@ def test_evaluation_is_the_same_in_every_family(name, to):
     new.train()(x)  # and training runs
 
 
+def test_state_dicts_of_another_librarys_frozen_layers_load_before_and_after():
+    layer = _trained(FrozenBatchNorm2d(3))
+    new, _ = convert(layer)
+    assert list(new.state_dict()) == list(layer.state_dict())
+    new.load_state_dict(layer.state_dict())
+    new.load_state_dict(nn.BatchNorm2d(3).state_dict())
+    assert new.num_batches_tracked is None
+
+
 def test_ours_of_every_class():
     for layer in (batchnorm.BatchNorm1d(3), batchnorm.BatchNorm2d(3, activation="relu"), batchnorm.BatchNorm3d(3)):
         for to in ("sync", "ghost", "renorm", "frozen"):

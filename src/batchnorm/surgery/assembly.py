@@ -99,9 +99,9 @@ def _fix(state: dict[str, Any], reading: Reading) -> None:
         if parameter is not None:
             reading.origin.parameters[name] = parameter
         buffers[name] = None if parameter is None else parameter.detach().clone()
-    if buffers.get("num_batches_tracked") is None:
-        buffers["num_batches_tracked"] = torch.zeros((), dtype=torch.int64, device=buffers["running_mean"].device)
-    state["_buffers"] = {name: buffers.pop(name) for name in (*_AFFINE, *STATISTICS, "num_batches_tracked")} | buffers
+    state["_buffers"] = {
+        name: buffers.pop(name, None) for name in (*_AFFINE, *STATISTICS, "num_batches_tracked")
+    } | buffers
 
 
 def _restore_fixed(state: dict[str, Any], reading: Reading) -> None:
