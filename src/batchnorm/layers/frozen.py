@@ -125,7 +125,7 @@ class FrozenBatchNorm(torch.nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Old checkpoints and other libraries' frozen layers have no count, nor have layers that were converted from these.
+        # Old checkpoints and other libraries' frozen layers have no count; nor do layers converted from the latter.
         key = prefix + "num_batches_tracked"
         if self.num_batches_tracked is None:
             state_dict.pop(key, None)
