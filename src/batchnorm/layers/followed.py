@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Proxy
 
-from batchnorm.layers.batch_norm import BatchNorm, BatchNorm2d
+from batchnorm.layers.batch_norm import BatchNorm2d
 from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
 from batchnorm.layers.frozen import FrozenBatchNorm
 from batchnorm.layers.ghost import GhostBatchNorm
@@ -53,10 +53,6 @@ class Followed:
         return y
 
 
-class FollowedBatchNorm(Followed, BatchNorm):
-    """BatchNorm with modules behind it."""
-
-
 class FollowedBatchNorm2d(Followed, BatchNorm2d):
     """BatchNorm2d with modules behind it."""
 
@@ -82,7 +78,6 @@ class FollowedFrozenBatchNorm(Followed, FrozenBatchNorm):
 
 
 FOLLOWED: dict[type, type] = {
-    BatchNorm: FollowedBatchNorm,
     BatchNorm2d: FollowedBatchNorm2d,
     SyncBatchNorm: FollowedSyncBatchNorm,
     GhostBatchNorm: FollowedGhostBatchNorm,
