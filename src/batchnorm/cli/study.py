@@ -15,6 +15,8 @@ from batchnorm.errors import ArgumentError
 if TYPE_CHECKING:
     from batchnorm.lab.claim import Claim
 
+_OPTIONS = {"workers": "jobs"}
+"""Options that are called otherwise than their parameters."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -25,6 +27,8 @@ class TierName(str, Enum):
     """Sizes of the study."""
 
     quick = "quick"
+    standard = "standard"
+    full = "full"
 
 
 @app.callback()
@@ -33,7 +37,19 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder for records, results and report; run again to resume.")] = Path(
         "study"
     ),
-    tier: Annotated[TierName, typer.Option(help="Size of the study.")] = TierName.quick,
+    tier: Annotated[
+        TierName,
+        typer.Option(help="quick: digits and wine, 2 minutes; standard: MNIST, 5 minutes; full: CIFAR-10, 15 minutes."),
+    ] = TierName.quick,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Images for standard and full: .npz, IDX files, CIFAR-10's archives, or a folder or .zip of images by "
+            "split and class. Without it MNIST or CIFAR-10 is downloaded once.",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--jobs", min=1, help="Processes that train side by side.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds for each arm.")] = 3,
     claim: Annotated[
         list[str] | None, typer.Option(help="Only this claim; may be given several times. See: batchnorm study list")
@@ -53,7 +69,8 @@ def study(
         _refuse_beside_report_only(context)
         _report(report_only, display, as_json)
         return
-    _train(out, _chosen(claim or ()), range(seeds), tier, display)
+    claims = _chosen(claim or (), tier)
+    _train(out, claims, range(seeds), tier, _images(tier, data), workers, display)
     _report(out, display, as_json)
     if display.was_interrupted:
         display.say(f"Interrupted. The same command goes on from here; finished runs are in {out}.")
@@ -67,14 +84,64 @@ def list_claims() -> None:
 
     width = max((len(one.CARD.name) for one in CLAIMS), default=0)
     for one in CLAIMS:
-        typer.echo(f"{one.CARD.name:<{width}}  {one.CARD.title}")
+        typer.echo(f"{one.CARD.tier:<8}  {one.CARD.name:<{width}}  {one.CARD.title}")
 
 
-def _train(out: Path, claims: Sequence[Claim], seeds: Sequence[int], tier: TierName, display: Any) -> None:
+@app.command("compare")
+def compare_studies(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Output folder of a study.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Output folder of another one.")],
+    all_measures: Annotated[bool, typer.Option("--all", help="Every measure, not the headlines alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Show two studies side by side: verdicts and measures with their intervals.
+
+    Exit status: 0 all verdicts are the same, 1 one differs, 2 bad input.
+    """
+    import json
+    from dataclasses import asdict
+
+    from batchnorm.cli.study_display import show_comparison
+    from batchnorm.lab.comparison import compare
+
+    found = compare(first, second)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1, allow_nan=False))
+    else:
+        show_comparison(found, all_measures=all_measures)
+    if any(row.first.verdict != row.second.verdict for row in found.headlines):
+        raise typer.Exit(1)
+
+
+def _images(tier: TierName, data: Path | None) -> Path | None:
+    from batchnorm.lab.datasets.providing import DEFAULTS, images_for
+
+    if data is not None and tier.value not in DEFAULTS:
+        raise ArgumentError(f"--data goes with --tier {' or '.join(DEFAULTS)}; {tier.value} brings its own data")
+    return images_for(tier.value, data, shows_progress=True)
+
+
+def _train(
+    out: Path,
+    claims: Sequence[Claim],
+    seeds: Sequence[int],
+    tier: TierName,
+    images: Path | None,
+    workers: int,
+    display: Any,
+) -> None:
     from batchnorm.lab.study import run_study
 
     with display:
-        for judged in run_study(out, claims=claims, seeds=tuple(seeds), tier=tier.value, on_progress=display.progress):
+        for judged in run_study(
+            out,
+            claims=claims,
+            seeds=tuple(seeds),
+            tier=tier.value,
+            workers=workers,
+            images=images,
+            on_progress=display.progress,
+        ):
             display.verdict(judged)
 
 
@@ -87,23 +154,25 @@ def _report(folder: Path, display: Any, as_json: bool) -> None:
         typer.echo((folder / "results.json").read_text(encoding="utf-8"), nl=False)
 
 
-def _chosen(names: Sequence[str]) -> tuple[Claim, ...]:
-    """The claims of these names in the study's order; all of them where none is named."""
+def _chosen(names: Sequence[str], tier: TierName) -> tuple[Claim, ...]:
+    """The tier's claims of these names in the study's order; all of them where none is named."""
     from batchnorm.lab.claims import CLAIMS
 
-    known = [one.CARD.name for one in CLAIMS]
+    of_tier = [one for one in CLAIMS if one.CARD.tier == tier.value]
+    known = [one.CARD.name for one in of_tier]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ArgumentError(f"expected --claim to be one of {', '.join(known)}; got {', '.join(unknown)}")
-    return tuple(one for one in CLAIMS if not names or one.CARD.name in names)
+    return tuple(one for one in of_tier if not names or one.CARD.name in names)
 
 
 def _refuse_beside_report_only(context: typer.Context) -> None:
     """--report-only says which records to take; options that choose what to train would change nothing."""
-    for name in ("out", "tier", "seeds", "claim"):
+    for name in ("out", "tier", "data", "workers", "seeds", "claim"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
+            option = _OPTIONS.get(name, name)
             raise ArgumentError(
-                f"--report-only takes its records as they are and trains nothing: leave out --{name}, or leave out "
+                f"--report-only takes its records as they are and trains nothing: leave out --{option}, or leave out "
                 "--report-only"
             )

@@ -5,14 +5,26 @@ from __future__ import annotations
 from batchnorm.lab.claim import Claim
 from batchnorm.lab.claims import (
     batch_size,
+    cost,
+    covariate_shift,
     distribution_drift,
+    domain_shift,
     feature_scaling,
+    image_statistics,
     inference_statistics,
     initial_scale,
+    landscape,
     learning_rates,
+    noisy,
+    paper_mnist,
+    paper_rates,
     placement,
+    regularisation,
+    residual_gradients,
     sigmoid_steps,
+    small_batches,
     vanishing_gradients,
+    whitening,
 )
 
 CLAIMS: tuple[Claim, ...] = (
@@ -25,6 +37,18 @@ CLAIMS: tuple[Claim, ...] = (
     batch_size,
     inference_statistics,
     placement,
+    paper_mnist,
+    regularisation,
+    paper_rates,
+    covariate_shift,
+    landscape,
+    noisy,
+    residual_gradients,
+    small_batches,
+    image_statistics,
+    whitening,
+    domain_shift,
+    cost,
 )
 
 __all__ = ["CLAIMS"]
