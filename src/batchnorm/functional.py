@@ -346,13 +346,15 @@ class _Normalise(torch.autograd.Function):
         work: _Work,
     ) -> torch.Tensor:
         y = work.forward(x, weight, bias, residual)
+        if y._is_view():  # autograd refuses in-place operations, as of nn.ReLU(inplace=True), on a Function's view
+            y = y.new_empty(0).set_(y)  # type: ignore[call-overload]
         # Without an activation the residual's value plays no part in backward, only its place.
         ctx.save_for_backward(x, weight, bias, residual if work.activation is not None else None)
         ctx.work, ctx.has_residual = work, residual is not None
         if work.given is not None:
             # Running statistics may move on before the backward pass.
             work.folded = Running(work.folded.mean.clone(), work.folded.var.clone())
-        return View.as_tensor(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
