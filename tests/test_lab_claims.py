@@ -45,8 +45,8 @@ def drawn(claim: Claim, records: list[dict[str, Any]], measures: list[Measure]) 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=[claim.CARD.name for claim in CLAIMS])
 def test_a_claim_has_all_that_the_protocol_asks_for(claim: Claim) -> None:
-    for text in vars(claim.CARD).values():
-        assert text
+    for name, text in vars(claim.CARD).items():
+        assert text or name == "paper_figure"  # no paper has measured your network
         assert text == text.strip()
     jobs = claim.jobs(SEEDS, "quick")
     keys = [run.key for job in jobs for run in job.runs]

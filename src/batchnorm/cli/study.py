@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from batchnorm.errors import ArgumentError
 
@@ -20,7 +21,17 @@ _OPTIONS = {"workers": "jobs"}
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
-app = typer.Typer(help="Measure the claims about batch normalization on real data.", invoke_without_command=True)
+
+class _Group(TyperGroup):
+    """`batchnorm study package.module:factory` is the command "network" with its first argument."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, ["network", *args] if args and ":" in args[0] else args)
+
+
+app = typer.Typer(
+    cls=_Group, help="Measure the claims about batch normalization on real data.", invoke_without_command=True
+)
 
 
 class TierName(str, Enum):
@@ -69,12 +80,43 @@ def study(
         _refuse_beside_report_only(context)
         _report(report_only, display, as_json)
         return
-    claims = _chosen(claim or (), tier)
-    _train(out, claims, range(seeds), tier, _images(tier, data), workers, display)
-    _report(out, display, as_json)
-    if display.was_interrupted:
-        display.say(f"Interrupted. The same command goes on from here; finished runs are in {out}.")
-        raise typer.Exit(INTERRUPTED)
+    claims = _chosen(claim or (), tier.value)
+    options = {"seeds": tuple(range(seeds)), "tier": tier.value, "workers": workers, "images": _images(tier, data)}
+    _run(out, claims, options, display, as_json)
+
+
+@app.command("network", hidden=True)
+def network(
+    factory: Annotated[str, typer.Argument(metavar="NETWORK", help="package.module:factory, which makes the network.")],
+    data: Annotated[Path, typer.Option(metavar="PATH", help="Your images, as for the other tiers.")],
+    out: Annotated[Path, typer.Option(help="Folder for records, results and report; run again to resume.")] = Path(
+        "study-network"
+    ),
+    workers: Annotated[int, typer.Option("--jobs", min=1, help="Processes that train side by side.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds for each arm.")] = 3,
+    claim: Annotated[list[str] | None, typer.Option(help="Only this claim; may be given several times.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json, and nothing else, on stdout.")] = False,
+) -> None:
+    """Run the claims that apply to any network on yours: `batchnorm study package.module:factory --data PATH`.
+
+    Rate window, batch size, inference statistics, gradients over depth, landscape; with its batch normalization,
+    without it, and with group normalization in its place.
+    """
+    from batchnorm.cli.study_display import Display
+    from batchnorm.lab.datasets.providing import stored_images
+    from batchnorm.lab.own import check_own
+
+    images = stored_images(data)
+    check_own(factory, images)
+    claims = _chosen(claim or (), "network")
+    options = {
+        "seeds": tuple(range(seeds)),
+        "tier": "network",
+        "workers": workers,
+        "images": images,
+        "network": factory,
+    }
+    _run(out, claims, options, Display(results_on_stdout=as_json), as_json)
 
 
 @app.command("list")
@@ -121,28 +163,17 @@ def _images(tier: TierName, data: Path | None) -> Path | None:
     return images_for(tier.value, data, shows_progress=True)
 
 
-def _train(
-    out: Path,
-    claims: Sequence[Claim],
-    seeds: Sequence[int],
-    tier: TierName,
-    images: Path | None,
-    workers: int,
-    display: Any,
-) -> None:
+def _run(out: Path, claims: Sequence[Claim], options: dict[str, Any], display: Any, as_json: bool) -> None:
+    """Trains what is missing and writes the report, of what is finished where Ctrl-C ends it."""
     from batchnorm.lab.study import run_study
 
     with display:
-        for judged in run_study(
-            out,
-            claims=claims,
-            seeds=tuple(seeds),
-            tier=tier.value,
-            workers=workers,
-            images=images,
-            on_progress=display.progress,
-        ):
+        for judged in run_study(out, claims=claims, on_progress=display.progress, **options):
             display.verdict(judged)
+    _report(out, display, as_json)
+    if display.was_interrupted:
+        display.say(f"Interrupted. The same command goes on from here; finished runs are in {out}.")
+        raise typer.Exit(INTERRUPTED)
 
 
 def _report(folder: Path, display: Any, as_json: bool) -> None:
@@ -154,11 +185,11 @@ def _report(folder: Path, display: Any, as_json: bool) -> None:
         typer.echo((folder / "results.json").read_text(encoding="utf-8"), nl=False)
 
 
-def _chosen(names: Sequence[str], tier: TierName) -> tuple[Claim, ...]:
+def _chosen(names: Sequence[str], tier: str) -> tuple[Claim, ...]:
     """The tier's claims of these names in the study's order; all of them where none is named."""
     from batchnorm.lab.claims import CLAIMS
 
-    of_tier = [one for one in CLAIMS if one.CARD.tier == tier.value]
+    of_tier = [one for one in CLAIMS if one.CARD.tier == tier]
     known = [one.CARD.name for one in of_tier]
     unknown = [name for name in names if name not in known]
     if unknown:

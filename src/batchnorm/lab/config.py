@@ -18,7 +18,8 @@ Placement = Literal["before", "after"]
 Init = Literal["gaussian", "fan_in"]
 Inputs = Literal["raw", "unit", "binarised", "standardised"]
 Data = Literal["digits", "wine", "images"]
-Tier = Literal["quick", "standard", "full"]
+Tier = Literal["quick", "standard", "full", "network"]
+OwnNorm = Literal["own", "none", "group"]
 ImageNorm = Literal["none", "batch", "group", "layer", "instance", "renorm", "ghost", "decorrelated", "noisy"]
 ImageKind = Literal["dense", "vgg", "inception", "plain", "residual"]
 
@@ -99,6 +100,20 @@ class ImageNetwork:
 
 
 @dataclass(frozen=True)
+class OwnNetwork:
+    """A network of the user's, as it is or with something else in the place of its batch normalization.
+
+    Attributes:
+        factory: package.module:factory, which makes it; "" until the study is told.
+        norm: "own" leaves it as it is; "none" puts nothing in the place of each batch normalization layer; "group"
+            puts group normalization there.
+    """
+
+    factory: str = ""
+    norm: OwnNorm = "own"
+
+
+@dataclass(frozen=True)
 class ImageTraining:
     """Images and schedule: plain SGD on the softmax cross-entropy.
 
@@ -144,7 +159,7 @@ class Run:
     arm: str
     seed: int
     rate: float
-    network: Network | ImageNetwork
+    network: Network | ImageNetwork | OwnNetwork
     training: Training | ImageTraining
 
     @property
@@ -178,6 +193,14 @@ class Job:
     claim: str
     runs: tuple[Run, ...]
     images: str = ""
+
+    def given(self, images: str, factory: str) -> Job:
+        """The same job on these images, and with the user's network where it has one."""
+        runs = tuple(
+            replace(run, network=replace(run.network, factory=factory)) if isinstance(run.network, OwnNetwork) else run
+            for run in self.runs
+        )
+        return replace(self, runs=runs, images=images)
 
 
 def even_steps(steps: int, every: int) -> tuple[int, ...]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from batchnorm.errors import ArgumentError
-from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run
+from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, OwnNetwork, Run
 from batchnorm.lab.data import Dataset, Split
 from batchnorm.lab.networks import build
+from batchnorm.lab.own import build_own
 from batchnorm.lab.pictures import load_images
 from batchnorm.lab.record import make_record, significant
 from batchnorm.lab.train import ORDER_STREAM, one_thread
@@ -85,6 +86,19 @@ def data_of(run: Run, images: str) -> Dataset:
     return load_images(images, rows=training.rows, side=training.side, inputs=training.inputs)
 
 
+def network_of(run: Run, data: Dataset) -> nn.Module:
+    """The network of a run with its initial weights.
+
+    Raises:
+        ArgumentError: the run describes none for images, or the user's does not fit the data.
+    """
+    if isinstance(run.network, OwnNetwork):
+        return build_own(run.network, image_shape(data), data.classes, seed=run.seed)
+    if not isinstance(run.network, ImageNetwork):
+        raise ArgumentError(f"expected a network for images, got {run.network}")
+    return build(run.network, image_shape(data), data.classes, seed=run.seed)
+
+
 def accuracy_and_loss(network: nn.Module, part: Split) -> tuple[float, float]:
     """Share of images that are put into their class, and mean loss; in the mode in which the network is."""
     right, loss = 0, 0.0
@@ -129,10 +143,8 @@ def _fit(run: Run, images: str, make_probe: MakeProbe | None) -> dict[str, Any]:
     started = time.perf_counter()
     data, training = data_of(run, images), run.training
     assert isinstance(training, ImageTraining)
-    if not isinstance(run.network, ImageNetwork):
-        raise ArgumentError(f"expected a network for images, got {run.network}")
+    network = network_of(run, data)
     torch.manual_seed(run.seed)  # dropout draws from the global generator
-    network = build(run.network, image_shape(data), data.classes, seed=run.seed)
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     probe = None if make_probe is None else make_probe(run, data)
     curves, diverged_at = _descend(run, training, network, data, probe)

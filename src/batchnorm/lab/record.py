@@ -50,6 +50,7 @@ class Session:
         claims: Names of the claims, in the study's order.
         environment: Of the machine that trained: see `environment`.
         images: What "images" means in its runs, as results.json lists a data set; None where it had none.
+        network: The user's network, package.module:factory; "" where it had none.
     """
 
     tier: str
@@ -57,6 +58,7 @@ class Session:
     claims: tuple[str, ...]
     environment: Mapping[str, Any]
     images: Mapping[str, Any] | None = None
+    network: str = ""
 
 
 def environment() -> dict[str, Any]:
@@ -142,6 +144,7 @@ class RecordFile:
                     "claims": list(session.claims),
                     "environment": dict(session.environment),
                     "images": None if session.images is None else dict(session.images),
+                    "network": session.network,
                 }
             }
         )
@@ -163,7 +166,15 @@ class RecordFile:
         """What was asked for, the latest last."""
         found = [line["session"] for line in self._lines() if "session" in line]
         return [
-            Session(s["tier"], tuple(s["seeds"]), tuple(s["claims"]), s["environment"], s.get("images")) for s in found
+            Session(
+                s["tier"],
+                tuple(s["seeds"]),
+                tuple(s["claims"]),
+                s["environment"],
+                s.get("images"),
+                s.get("network", ""),
+            )
+            for s in found
         ]
 
     def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:

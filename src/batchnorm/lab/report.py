@@ -107,7 +107,7 @@ def _collect(sessions: Sequence[Session], records: Iterable[Record]) -> tuple[li
         session = asked.get(claim.CARD.name)
         if session is None:
             continue
-        jobs = claim.jobs(session.seeds, cast(Tier, session.tier))
+        jobs = [job.given("", session.network) for job in claim.jobs(session.seeds, cast(Tier, session.tier))]
         keys = [run.key for job in jobs for run in job.runs]
         if all(key in found for key in keys):
             judged.append(judge(claim, [found[key] for key in keys]))

@@ -6,7 +6,7 @@ import signal
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ def run_study(
     tier: Tier = "quick",
     workers: int = 2,
     images: Path | None = None,
+    network: str = "",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Judged]:
     """Train what is not yet recorded, and give each claim with its verdict as soon as it and those before it are done.
@@ -60,6 +61,7 @@ def run_study(
         tier: Size of the study.
         workers: Processes; 1 trains in this one. The numbers do not depend on it.
         images: Folder of stored images, for claims that train on images; see `batchnorm.lab.datasets.stored`.
+        network: package.module:factory of the user's network, for the claims of the tier "network".
         on_progress: Called at the start for every claim, and after each job for the job's claim.
 
     Yields:
@@ -73,10 +75,10 @@ def run_study(
     card = None if images is None else image_card(opened(images))
     if card is not None:
         _refuse_other_images(file, card)
-    file.open(Session(tier, tuple(seeds), tuple(claim.CARD.name for claim in claims), environment(), card))
-    asked = [
-        _Asked(claim, [replace(job, images=str(images or "")) for job in claim.jobs(seeds, tier)]) for claim in claims
-    ]
+    names = tuple(claim.CARD.name for claim in claims)
+    file.open(Session(tier, tuple(seeds), names, environment(), card, network))
+    folder = "" if images is None else str(images)
+    asked = [_Asked(claim, [job.given(folder, network) for job in claim.jobs(seeds, tier)]) for claim in claims]
     return _finished(file, asked, workers, on_progress)
 
 

@@ -16,6 +16,11 @@ from batchnorm.lab.claims import (
     landscape,
     learning_rates,
     noisy,
+    own_batches,
+    own_gradients,
+    own_landscape,
+    own_rates,
+    own_statistics,
     paper_mnist,
     paper_rates,
     placement,
@@ -49,6 +54,11 @@ CLAIMS: tuple[Claim, ...] = (
     whitening,
     domain_shift,
     cost,
+    own_rates,
+    own_batches,
+    own_statistics,
+    own_gradients,
+    own_landscape,
 )
 
 __all__ = ["CLAIMS"]

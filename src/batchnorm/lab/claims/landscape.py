@@ -40,7 +40,7 @@ _NETWORKS = {
     LINEAR: ImageNetwork(kind="dense", norm="none", activation="identity", depth=10, width=64),
     LINEAR_BN: ImageNetwork(kind="dense", norm="batch", activation="identity", depth=10, width=64),
 }
-_MEASURED = {
+MEASURED = {
     "band": "range of the loss along the step",
     "predictiveness": "change of the gradient along the step",
     "beta": "effective beta-smoothness",
@@ -84,7 +84,7 @@ def jobs(seeds: Sequence[int], tier: Tier) -> list[Job]:
 
 def run(job: Job) -> list[dict[str, Any]]:
     """Train, and look along the step. Values: "band", "predictiveness", "beta", one number a look."""
-    return fit(job, _Along)
+    return fit(job, Along)
 
 
 def measure(records: Sequence[Record]) -> list[Measure]:
@@ -92,7 +92,7 @@ def measure(records: Sequence[Record]) -> list[Measure]:
     own = {arm: _at_own(records, arm) for arm in _NETWORKS}
     equal = own[PLAIN][0]["rate"]
     found = []
-    for what, words in _MEASURED.items():
+    for what, words in MEASURED.items():
         pairs = (
             (f"{what}_own", PLAIN, own[PLAIN], NORMALISED, own[NORMALISED], "own best rates"),
             (
@@ -110,7 +110,7 @@ def measure(records: Sequence[Record]) -> list[Measure]:
             ratios = [_median(one, what) / _median(other, what) for one, other in zip(ours, theirs, strict=True)]
             found.append(ratio_over_seeds(name, f"{words}: {first} over {second}, {how}", ratios))
     for arm, of in own.items():
-        for what, words in _MEASURED.items():
+        for what, words in MEASURED.items():
             values = [_median(one, what) for one in of]
             label = f"{words}, {arm}, rate {of[0]['rate']:g}"
             found.append(ratio_over_seeds(f"{what}_of_{_key(arm)}", label, values))
@@ -138,7 +138,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
 
     figures: Figures = {}
     looks = ((PLAIN, ORANGE), (NORMALISED, BLUE), (NOISY, PURPLE))
-    for what, words in _MEASURED.items():
+    for what, words in MEASURED.items():
         drawing, axes = panel(words.capitalize(), "step", "relative" if what == "predictiveness" else "")
         told = []
         for (arm, colour), dashes in zip(looks, DASHES, strict=False):
@@ -157,11 +157,11 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     return figures
 
 
-class _Along:
+class Along:
     """Looks along the negative gradient; see `fit.ImageProbe`."""
 
     def __init__(self, run: Run, data: Dataset) -> None:
-        self._found: dict[str, list[float]] = {name: [] for name in _MEASURED}
+        self._found: dict[str, list[float]] = {name: [] for name in MEASURED}
 
     def evaluated(self, network: nn.Module, step: int) -> None:
         """Nothing to see there."""
@@ -186,7 +186,7 @@ class _Along:
                 changes.append(change / max(length, 1e-30))
                 betas.append(change / max(reach * rate * length, 1e-30))
         seen = max(losses) - min(losses), max(changes), max(betas)
-        for name, number in zip(_MEASURED, seen, strict=True):
+        for name, number in zip(MEASURED, seen, strict=True):
             self._found[name].append(significant(number))
 
     def values(self) -> Mapping[str, Any]:

@@ -29,5 +29,14 @@ def images_for(tier: Tier, data: Path | None, *, shows_progress: bool = False) -
     """
     if tier not in DEFAULTS:
         return None
-    images = read(data if data is not None else fetch(REMOTES[DEFAULTS[tier]], shows_progress=shows_progress))
+    return stored_images(data if data is not None else fetch(REMOTES[DEFAULTS[tier]], shows_progress=shows_progress))
+
+
+def stored_images(data: Path) -> Path:
+    """The folder of the images in `data`, stored as every worker can map them.
+
+    Raises:
+        ArgumentError: the images cannot be read.
+    """
+    images = read(data)
     return store(images, cache_folder() / "stored" / images.sha256[:16])
