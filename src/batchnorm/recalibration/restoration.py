@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+
+from batchnorm.layers.tracing import uncompiled
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
             module.training = False
         for ddp in parallel:
             ddp.broadcast_buffers = False
-        with torch.no_grad(), _uncompiled():
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         for ddp, broadcast in zip(parallel, broadcasts, strict=True):
@@ -44,8 +45,3 @@ def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if buffer._version != version:
                     buffer.copy_(before)
-
-
-def _uncompiled() -> AbstractContextManager[None]:
-    # Importing the compiler takes seconds; where nobody has, nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

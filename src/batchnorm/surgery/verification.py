@@ -60,7 +60,8 @@ def compare(pairs: Iterable[tuple[Any, Any]], *, tolerance: float) -> Agreement:
         The Agreement over all of them.
 
     Raises:
-        ArgumentError: there is no pair, or the two of a pair are not built alike (structure, number, shapes).
+        ArgumentError: there is no pair, the two of a pair are not built alike (structure, number, shapes), or they hold
+            no tensor.
 
     Example:
         >>> print(compare([(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))], tolerance=1e-5))
@@ -99,6 +100,8 @@ def _alike(before: Any, after: Any) -> tuple[list[torch.Tensor], list[torch.Tens
         raise ArgumentError(
             f"the outputs are not built alike: {_shapes(old)} before, {_shapes(new)} after. Check what was replaced."
         )
+    if not old:
+        raise ArgumentError(f"the outputs hold no tensor that could be compared: they are a {type(before).__name__}.")
     return old, new
 
 
