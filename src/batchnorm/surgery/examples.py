@@ -15,7 +15,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def arguments_of(example: Any) -> Arguments:
-    """The arguments that an example stands for: a tuple's are positional, a dict's go by name, else it is the only one.
+    """The arguments that an example stands for: a tuple's or list's are positional, a dict's go by name; else the only one.
 
     Raises:
         ArgumentError: there is no tensor in it.
@@ -31,7 +31,7 @@ def arguments_of(example: Any) -> Arguments:
         )
     if isinstance(example, dict):
         return (), dict(example)
-    return (example if type(example) is tuple else (example,)), {}
+    return (tuple(example) if isinstance(example, tuple | list) else (example,)), {}
 
 
 def random_like(given: Arguments, seed: int) -> Arguments:
@@ -62,15 +62,18 @@ def outputs_of(model: torch.nn.Module, given: Arguments) -> list[torch.Tensor]:
     """The tensors that the network returns, without gradients; drawing the same random numbers each time.
 
     Raises:
-        ArgumentError: it returns no tensor, so that nothing could be compared.
+        ArgumentError: it returns no tensor, or empty ones only, so that nothing could be compared.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         args, kwargs = copied(given)
         output = model(*args, **kwargs)
     found = [tensor.detach().clone() for tensor in tensors_in(output)]
-    if not found:
-        raise ArgumentError(f"the network returns no tensor that could be compared, but {type(output).__name__}.")
+    if not any(tensor.numel() for tensor in found):
+        raise ArgumentError(
+            f"the network returns no numbers that could be compared for this example, but {type(output).__name__}: pass "
+            "another example, or the part of the network that computes them."
+        )
     return found
 
 

@@ -15,10 +15,10 @@ from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.layers.frozen import FrozenBatchNorm
 from batchnorm.surgery.examples import Arguments, arguments_of, copied, in_float64, outputs_of, random_like
 from batchnorm.surgery.folding_plan import Plan, Step, linear_map, plan
-from batchnorm.surgery.inference_form import after_it, channel_axis_of, is_normalization, scale_and_shift, why_not
+from batchnorm.surgery.inference_form import after_it, channel_axis_of, normalizations, scale_and_shift, why_not
 from batchnorm.surgery.linear_maps import fold_behind, fold_in_front, write
 from batchnorm.surgery.recording import Recording, record
-from batchnorm.surgery.replace import Place, places, put
+from batchnorm.surgery.replace import Place, put
 from batchnorm.surgery.report import Changed, Skipped, SurgeryReport
 from batchnorm.surgery.verification import Agreement, compare
 
@@ -69,7 +69,7 @@ def fold(
     Source: Jacob et al. 2018 (arXiv 1712.05877), section 3.2; here with the layer's float64 scale and shift.
     """
     given = arguments_of(example)
-    found = places(model, is_normalization)
+    found = normalizations(model)
     if not found:
         raise ArgumentError(f"{type(model).__name__} has no batch normalization layer to fold.")
     work = _copy(model).eval()
@@ -111,7 +111,7 @@ def _folded(work: torch.nn.Module, given: Arguments) -> tuple[torch.nn.Module, _
     """Folds round by round, as a map that takes in one layer may stand beside another one then."""
     done = _Done()
     while True:
-        layers = places(work, is_normalization)
+        layers = normalizations(work)
         recording = record(work, [place.module for place in layers], *copied(given))
         done.looks_at_values |= recording.looks_at_values
         now = plan(recording, layers, work)
@@ -144,9 +144,10 @@ def _take(
 
 def _rest(layer: torch.nn.Module, *, has_residual: bool) -> torch.nn.Module:
     """What stands where the layer stood."""
+    behind = after_it(layer)
     if isinstance(layer, BatchNorm | FrozenBatchNorm) and (layer.activation is not None or has_residual):
         return Activated(layer.activation).eval()
-    return (after_it(layer) or torch.nn.Identity()).eval()
+    return (behind or torch.nn.Identity()).eval()
 
 
 def _stand_alone(work: torch.nn.Module, now: Plan, recording: Recording, done: _Done) -> torch.nn.Module:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.layers.domain import DomainBatchNorm
-from batchnorm.layers.frozen import FrozenBatchNorm
+from batchnorm.surgery.activations import has_hooks
+from batchnorm.surgery.recognition import is_candidate, read
+from batchnorm.surgery.replace import Place, places
 
 
 class ScaleShift(NamedTuple):
@@ -22,23 +23,25 @@ class ScaleShift(NamedTuple):
     """(C,), float64."""
 
 
-def is_normalization(module: torch.nn.Module) -> bool:
-    """Whether it is a batch normalization layer: torch.nn's, ours, or one with fixed statistics of another library."""
-    if isinstance(module, _BatchNorm | FrozenBatchNorm):
-        # A DomainBatchNorm counts as its domains' layers, which are called one by one.
-        return not isinstance(module, DomainBatchNorm)
-    return type(module).__name__ in _FOREIGN
+def normalizations(model: torch.nn.Module) -> list[Place]:
+    """The layers that normalise with running statistics, or look like it; each layer of a domain is a part of its whole."""
+    found = places(model, is_candidate)
+    wholes = {part for place in found if isinstance(place.module, DomainBatchNorm) for part in place.module.modules()}
+    return [place for place in found if isinstance(place.module, DomainBatchNorm) or place.module not in wholes]
 
 
 def why_not(layer: torch.nn.Module) -> str | None:
     """Why the layer is no fixed scale and shift at inference, or cannot be taken for one; None if it can."""
     if hooks := why_watched(layer):
         return hooks
-    if not _is_known(layer):
-        return f"{type(layer).__name__} has a forward of its own"
+    reading = read(layer)
+    if isinstance(reading, str):
+        return reading
+    if reading.known.family == "decorrelated":
+        return "it whitens, which is no scale and shift of single channels"
     if getattr(layer, "running_mean", None) is None or getattr(layer, "running_var", None) is None:
         return "it keeps no running statistics and always uses the batch's"
-    if isinstance(layer, BatchNorm | FrozenBatchNorm) and isinstance(layer.channel_axis, tuple):
+    if isinstance(getattr(layer, "channel_axis", 1), tuple):
         return f"its channels lie on several axes, {layer.channel_axis}"
     scale, shift = scale_and_shift(layer)
     if not (scale.isfinite().all() and shift.isfinite().all()):
@@ -48,8 +51,7 @@ def why_not(layer: torch.nn.Module) -> str | None:
 
 def why_watched(module: torch.nn.Module) -> str | None:
     """Why a module cannot become another one behind its user's back: hooks, parametrizations; None if nothing is."""
-    tables = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, table, None) for table in tables):
+    if has_hooks(module):
         return f"{type(module).__name__} has hooks"
     if parametrize.is_parametrized(module):
         return f"{type(module).__name__} is parametrized"
@@ -79,32 +81,10 @@ def channel_axis_of(layer: torch.nn.Module) -> int:
 
 
 def after_it(layer: torch.nn.Module) -> torch.nn.Module | None:
-    """What the layer does after scale and shift, as modules under their old names; None if nothing.
+    """The submodules that take what the layer has normalised, under their old names; None if nothing happens there.
 
-    Our own layers' activation and residual are no modules: see `Activated`.
+    A fused activation is no module: see `Activated`.
     """
-    children = {name: child for name, child in layer.named_children() if not isinstance(child, torch.nn.Identity)}
-    if not children:
+    if all(isinstance(child, torch.nn.Identity) for child in layer.children()):
         return None
-    return torch.nn.Sequential(dict(layer.named_children()))  # type: ignore[arg-type]
-
-
-# Of other libraries: the names of the modules that follow the normalization, in order.
-_FOREIGN: dict[str, tuple[str, ...]] = {
-    "BatchNormAct2d": ("drop", "act"),  # timm
-    "SyncBatchNormAct": ("drop", "act"),
-    "FrozenBatchNormAct2d": ("drop", "act"),
-    "FrozenBatchNorm2d": (),  # torchvision, detectron2: buffers of torch.nn's names
-}
-
-
-def _is_known(layer: torch.nn.Module) -> bool:
-    kind = type(layer)
-    if kind.__name__ in _FOREIGN:
-        return tuple(name for name, _ in layer.named_children()) == _FOREIGN[kind.__name__]
-    forward = kind.forward
-    known = [torch.nn.SyncBatchNorm.forward, _BatchNorm.forward, FrozenBatchNorm.forward]
-    if isinstance(layer, BatchNorm):
-        # At inference every member of the family does what BatchNorm does, unless its forward says otherwise.
-        known.append(BatchNorm.forward)
-    return forward in known
+    return torch.nn.Sequential(OrderedDict(layer.named_children()))

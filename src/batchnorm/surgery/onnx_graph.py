@@ -72,6 +72,7 @@ class OnnxGraph:
         while name in taken:
             name += "_"
         self.model.graph.initializer.append(onnx.numpy_helper.from_array(np.ascontiguousarray(values), name))
+        self._constants[name] = self.model.graph.initializer[-1]
         return name
 
     def drop_unused(self) -> None:
