@@ -13,10 +13,12 @@ from batchnorm.errors import ArgumentError
 from batchnorm.layers.activated import Activated
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.layers.frozen import FrozenBatchNorm
+from batchnorm.surgery.conversion import convert
 from batchnorm.surgery.examples import Arguments, arguments_of, copied, in_float64, outputs_of, random_like
 from batchnorm.surgery.folding_plan import Plan, Step, linear_map, plan
-from batchnorm.surgery.inference_form import after_it, channel_axis_of, normalizations, scale_and_shift, why_not
+from batchnorm.surgery.inference_form import after_it, normalizations, scale_and_shift, why_not
 from batchnorm.surgery.linear_maps import fold_behind, fold_in_front, write
+from batchnorm.surgery.recognition import core_class, titled
 from batchnorm.surgery.recording import Recording, record
 from batchnorm.surgery.replace import Place, put
 from batchnorm.surgery.report import Changed, Skipped, SurgeryReport
@@ -104,6 +106,7 @@ class _Done:
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
     maps: list[str] = dataclasses.field(default_factory=list)
     layers: list[Place] = dataclasses.field(default_factory=list)
+    alone: list[str] = dataclasses.field(default_factory=list)
     looks_at_values: bool = False
 
 
@@ -136,7 +139,7 @@ def _take(
     rest = _rest(layer, has_residual=has_residual)
     tail = "" if isinstance(rest, torch.nn.Identity) else f", then {type(rest).__name__}"
     where = "" if step.where == "behind" else "the following "
-    done.changed.append(Changed((*step.layer.names, *targets), f"{type(layer).__name__} -> {where}{kinds}{tail}"))
+    done.changed.append(Changed((*step.layer.names, *targets), f"{titled(core_class(layer))} -> {where}{kinds}{tail}"))
     done.maps += targets
     done.layers.append(step.layer)
     return put(work, step.layer, rest)
@@ -156,26 +159,11 @@ def _stand_alone(work: torch.nn.Module, now: Plan, recording: Recording, done: _
         if why_not(layer) is not None or not recording.calls_of(layer) or isinstance(layer, FrozenBatchNorm):
             done.skipped.append(Skipped(place.name, reason))
             continue
-        if after_it(layer) is not None:
-            done.skipped.append(Skipped(place.name, f"{reason}; its own submodules stand behind it"))
-            continue
-        done.changed.append(Changed(place.names, f"{type(layer).__name__} -> FrozenBatchNorm", reason))
-        done.layers.append(place)
-        work = put(work, place, _frozen(layer))
+        before = titled(core_class(layer))
+        convert(layer, "frozen", inplace=True)
+        done.changed.append(Changed(place.names, f"{before} -> {type(layer).__name__}", reason))
+        done.alone.append(place.name)
     return work
-
-
-def _frozen(layer: Any) -> FrozenBatchNorm:
-    frozen = FrozenBatchNorm(
-        layer.running_mean.numel(), float(layer.eps), channel_axis=channel_axis_of(layer), affine=False
-    )
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-        value = getattr(layer, name, None)
-        if value is not None:
-            frozen.register_buffer(name, value.detach().clone())
-    frozen.affine = frozen.weight is not None
-    frozen.activation = layer.activation if isinstance(layer, BatchNorm) else None
-    return frozen.eval()
 
 
 def _runs(
@@ -245,6 +233,8 @@ def _carried_over(work: torch.nn.Module, done: _Done, model: torch.nn.Module) ->
                 target.bias.copy_(made.bias)
     for place in done.layers:
         model = put(model, place, work.get_submodule(place.name))
+    for name in done.alone:
+        convert(model.get_submodule(name), "frozen", inplace=True)
     return model.eval()
 
 

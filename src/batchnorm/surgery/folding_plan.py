@@ -87,20 +87,15 @@ def _behind(recording: Recording, place: Place, tied: set[int]) -> Step:
     for call in recording.calls_of(place.module):
         if call.main is None or call.value_of("mask") is not None:
             raise _NotFoldableError("it is called with a mask, or without a tensor")
-        source = call.main.producer
-        if source is None:
-            raise _NotFoldableError("nothing that could take it in stands before it: its input is the network's own")
-        if source.kind != "map":
-            raise _NotFoldableError(f"before it stands {source.what}")
-        if len(call.main.consumers) != 1:
-            others = sorted({other.what for other in call.main.consumers if other is not call})
-            raise _NotFoldableError(f"the output of the {source.what} before it goes elsewhere too ({_listed(others)})")
-        _check_axis(place.module, call.main, source)
+        source, axis = _source(call.main, channel_axis_of(place.module) % len(call.main.shape))
+        made = source.output
+        assert made is not None
+        _check_axis(axis, made, source)
         targets[_owner(source)] = source
     for module, call in targets.items():
         _check_target(recording, module, call, tied)
         calls = recording.calls_of(module)
-        if any(other.output is None or [user.module for user in other.output.consumers] != [place.module] for other in calls):
+        if any(_sink(other.output) is not place.module for other in calls):
             raise _NotFoldableError(f"the {call.what} before it is called {len(calls)} times, not always followed by it")
         _check_numbers(place.module, call, "behind")
     return Step(place, "behind", tuple(targets.items()))
@@ -117,10 +112,10 @@ def _in_front(recording: Recording, place: Place, tied: set[int]) -> Step:
     for call in calls:
         if call.output is None or not call.output.consumers:
             raise _NotFoldableError("nothing that could take it in comes after it")
-        for value, user in _users(call.output):
+        for value, user, axis in _users(call.output, channel_axis_of(layer) % len(call.output.shape)):
             if user.kind != "map" or user.main is not value:
                 raise _NotFoldableError(f"after it comes {user.what}")
-            _check_axis(layer, value, user)
+            _check_axis(axis, value, user)
             if bool((after.shift != 0).any()):
                 _check_border(user)
             targets[_owner(user)] = user
@@ -133,16 +128,65 @@ def _in_front(recording: Recording, place: Place, tied: set[int]) -> Step:
     return Step(place, "in front", tuple(targets.items()))
 
 
-def _users(value: Value) -> list[tuple[Value, Call]]:
-    """What takes a value, looking through padding that repeats the value's own numbers."""
+def _source(value: Value, axis: int) -> tuple[Call, int]:
+    """The map whose output a value is, moved about perhaps, and the axis on which the value's channels are there."""
+    while True:
+        source = value.producer
+        if source is None:
+            raise _NotFoldableError("nothing that could take it in stands before it: its input is the network's own")
+        if len(value.consumers) != 1:
+            others = sorted({other.what for other in value.consumers})
+            raise _NotFoldableError(f"the output of the {source.what} before it goes elsewhere too ({_listed(others)})")
+        if source.kind == "map":
+            return source, axis
+        axes = [one for one in range(len(source.main.shape)) if _axis_after(source, one) == axis] if source.main else []
+        if not axes or source.main is None:
+            raise _NotFoldableError(f"before it stands {source.what}")
+        value, axis = source.main, axes[0]
+
+
+def _sink(value: Value | None) -> torch.nn.Module | None:
+    """The module that alone takes a value, moved about perhaps."""
+    while value is not None and len(value.consumers) == 1:
+        user = value.consumers[0]
+        if user.kind == "layer":
+            return user.module
+        value = user.output if user.again is not None else None
+    return None
+
+
+def _users(value: Value, axis: int) -> list[tuple[Value, Call, int]]:
+    """What takes a value, moved about perhaps; each with what it takes and the axis of the channels in that."""
     found = []
     for call in value.consumers:
-        is_repeating = call.what == "pad" and call.value_of("mode") in ("reflect", "replicate", "circular")
-        if is_repeating and call.output is not None and call.output.consumers:
-            found += _users(call.output)
+        after = _axis_after(call, axis) if call.output is not None and call.output.consumers else None
+        if after is None or call.output is None:
+            found.append((value, call, axis))
         else:
-            found.append((value, call))
+            found += _users(call.output, after)
     return found
+
+
+def _axis_after(call: Call, axis: int) -> int | None:
+    """Where the channels are once an operation has moved a value's numbers; None if it mixes or adds to them.
+
+    It is tried out with the channels' own numbers in the place of the value: padding with zeros, for one, shows.
+    """
+    if call.again is None or call.main is None:
+        return None
+    numbers = torch.arange(1, call.main.shape[axis] + 1)
+
+    def laid(ndim: int, where: int) -> torch.Tensor:
+        return numbers.reshape([-1 if one == where else 1 for one in range(ndim)]).float()
+
+    try:
+        moved = call.again(laid(len(call.main.shape), axis).expand(call.main.shape).contiguous())
+    except Exception:  # an operation that wants more than a tensor of this shape
+        return None
+    sizes = enumerate(moved.shape)
+    return next(
+        (one for one, size in sizes if size == len(numbers) and bool((moved == laid(moved.ndim, one)).all())), None
+    )
 
 
 def _owner(call: Call) -> torch.nn.Module:
@@ -167,10 +211,9 @@ def _check_target(recording: Recording, module: torch.nn.Module, call: Call, tie
             raise _NotFoldableError(f"the {call.what}'s parameters are used elsewhere too")
 
 
-def _check_axis(layer: torch.nn.Module, value: Value, call: Call) -> None:
+def _check_axis(channel_axis: int, value: Value, call: Call) -> None:
     """The layer's channels must be the map's features; a batch norm over (N, L, C) as channels L is another thing."""
     rank = len(value.shape)
-    channel_axis = channel_axis_of(layer) % rank
     if call.what == "linear":
         if channel_axis != rank - 1:
             raise _NotFoldableError(f"its channels are on axis {channel_axis}, the features of the linear map on {rank - 1}")

@@ -28,6 +28,17 @@ _MAPS: dict[Any, tuple[str, ...]] = {
     F.linear: _LINEAR,
 }
 
+# How many of the tensors are used for their numbers: of the others only shape, dtype or device.
+_USED = {
+    **dict.fromkeys(("reshape_as", "view_as", "expand_as", "type_as"), 1),
+    **dict.fromkeys(("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like"), 0),
+}
+
+# What gives numbers another place and leaves them as they are, for some arguments at least.
+_MOVES = frozenset(
+    "__getitem__ clone contiguous flatten movedim pad permute reshape squeeze swapaxes transpose unflatten unsqueeze view".split()
+)
+
 # Questions about a tensor that its values have no part in.
 _ABOUT = frozenset(
     "__get__ __hash__ __len__ data_ptr dim element_size get_device has_names is_complex is_conj is_contiguous "
@@ -59,6 +70,7 @@ class Call:
         inputs: every value that goes in.
         main: the one that is normalised, convolved or multiplied; None for other kinds.
         output: None where the result is no single tensor.
+        again: the operation on another tensor in the place of `main`; for those of kind "other" that only move numbers.
     """
 
     kind: Kind
@@ -68,6 +80,7 @@ class Call:
     inputs: list[Value]
     main: Value | None = None
     output: Value | None = None
+    again: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def value_of(self, key: str) -> Any:
         """The argument, or None."""
@@ -172,7 +185,7 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         given = tensors_in((args, kwargs))
         versions = [_version(tensor) for tensor in given]
-        inputs = [self.value(tensor) for tensor in given]
+        inputs = [self.value(tensor) for tensor in given[: _USED.get(getattr(func, "__name__", ""))]]
         result = func(*args, **kwargs)
         written = [tensor for tensor, before in zip(given, versions, strict=True) if _version(tensor) != before]
         self._note(func, args, kwargs, inputs, written, result)
@@ -188,7 +201,7 @@ class _Recorder(TorchFunctionMode):
                 return
             self.looks_at_values = True
         known = {id(value) for value in inputs}
-        if made and not written and all(id(self.values.get(id(tensor))) in known for tensor in made):
+        if inputs and made and not written and all(id(self.values.get(id(tensor))) in known for tensor in made):
             return  # the very tensor that came: dropout in evaluation, contiguous() of what is contiguous
         call = Call("other", name, None, {}, inputs)
         names = _MAPS.get(func) if _is_hashable(func) else None
@@ -197,9 +210,9 @@ class _Recorder(TorchFunctionMode):
             call.arguments = {**dict(zip(names, args, strict=False)), **kwargs}
             call.module = self.owners.get(id(call.arguments["weight"]))
             call.main = self.value(call.arguments["input"])
-        elif name == "pad" and inputs:
-            call.arguments = {**dict(zip(("input", "pad", "mode", "value"), args, strict=False)), **kwargs}
+        elif name in _MOVES and len(inputs) == 1 and args and isinstance(args[0], torch.Tensor) and not written:
             call.main = inputs[0]
+            call.again = lambda tensor: func(tensor, *args[1:], **kwargs)
         self._finish(call, [*made, *written], result)
 
     def _finish(self, call: Call, tensors: list[torch.Tensor], result: Any) -> None:
