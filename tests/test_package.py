@@ -24,6 +24,7 @@ PUBLIC = [
     "Moments",
     "SyncBatchNorm",
     "batch_norm",
+    "convert",
     "freeze",
     "merge_statistics",
     "parameter_groups",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from batchnorm.recalibration.estimation import recalibrate as recalibrate
     from batchnorm.recalibration.federation import merge_statistics as merge_statistics
     from batchnorm.stats.moments import Moments as Moments
+    from batchnorm.surgery.conversion import convert as convert
     from batchnorm.surgery.freezing import freeze as freeze
     from batchnorm.surgery.freezing import unfreeze as unfreeze
 
@@ -38,6 +39,7 @@ _HOMES = {
     "BatchNorm1d": "batchnorm.layers.batch_norm",
     "BatchNorm2d": "batchnorm.layers.batch_norm",
     "BatchNorm3d": "batchnorm.layers.batch_norm",
+    "convert": "batchnorm.surgery.conversion",
     "FeatureNormalization": "batchnorm.layers.feature",
     "Moments": "batchnorm.stats.moments",
     "freeze": "batchnorm.surgery.freezing",
@@ -69,6 +71,7 @@ __all__ = [
     "Moments",
     "SyncBatchNorm",
     "batch_norm",
+    "convert",
     "freeze",
     "merge_statistics",
     "parameter_groups",

@@ -352,7 +352,7 @@ class _Normalise(torch.autograd.Function):
         if work.given is not None:
             # Running statistics may move on before the backward pass.
             work.folded = Running(work.folded.mean.clone(), work.folded.var.clone())
-        return y
+        return View.as_tensor(y)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:

@@ -82,6 +82,15 @@ class View(NamedTuple):
         inverse = [order.index(axis) for axis in range(len(order))]
         return y.reshape([self.shape[axis] for axis in order]).permute(inverse)
 
+    @staticmethod
+    def as_tensor(y: torch.Tensor) -> torch.Tensor:
+        """The memory of `y` in a tensor that is no view to autograd, which lets nobody write to views from a Function."""
+        if not y._is_view():
+            return y
+        return torch.empty(0, dtype=y.dtype, device=y.device).set_(
+            y.untyped_storage(), y.storage_offset(), y.shape, y.stride()
+        )
+
     def _n_and_length(self) -> tuple[int, int]:
         others = self._others
         n = self.shape[others[0]] if others else 1

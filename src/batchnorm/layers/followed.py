@@ -1,4 +1,4 @@
-"""Layers with modules behind them, in one place of a model: what timm's norm+activation layers are where nothing fuses."""
+"""Layers with modules behind them in one place: timm's norm+activation layers where the activation does not fuse."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Followed:
             DtypeError: as the layer.
         """
         if isinstance(input, Proxy):
-            return as_one_node(self, input, residual, mask)  # type: ignore[arg-type, no-any-return]
+            return as_one_node(self, input, residual, mask)
         y: Tensor = super().forward(input, residual, mask=mask)  # type: ignore[misc]
         for name in BEHIND:
             module = self._modules.get(name)

@@ -44,9 +44,8 @@ def assemble(reading: Reading, kind: type, settings: dict[str, Any], *, remember
         _fix(state, reading)
     elif reading.known.family == "frozen":
         _restore_fixed(state, reading)
-    new = object.__new__(dressed(type(layer), kind))
+    new: torch.nn.Module = object.__new__(dressed(type(layer), kind))
     new.__dict__ = state
-    assert isinstance(new, torch.nn.Module)
     return new
 
 

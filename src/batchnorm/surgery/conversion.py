@@ -11,15 +11,14 @@ from torch.nn.parallel import DistributedDataParallel
 from batchnorm.errors import ArgumentError
 from batchnorm.layers.domain import DomainBatchNorm
 from batchnorm.layers.inventory import Layers, chosen_of
-from batchnorm.layers.random_state import random_state_kept
 from batchnorm.layers.renorm import Schedule
 from batchnorm.layers.tracing import uncompiled
-from batchnorm.surgery.building import Options, Target, Use, build
-from batchnorm.surgery.conversion_check import Checked, Step, check_by_example, check_by_layer
+from batchnorm.surgery.building import build
+from batchnorm.surgery.conversion_check import Checked, Step, check_by_example, check_by_layer, output_on
 from batchnorm.surgery.recognition import core_class, is_candidate, read, titled
 from batchnorm.surgery.replace import Place, become, places
 from batchnorm.surgery.report import Changed, Skipped, SurgeryReport
-from batchnorm.surgery.verification import call
+from batchnorm.surgery.targets import Options, Target, Use
 
 _TAKE_INPUT_ONLY = ("torch", "group", "layer")
 
@@ -58,8 +57,8 @@ def convert(
     layers, ours, and the ones of timm (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d) and torchvision
     (FrozenBatchNorm2d), whose activations are fused where ours have them and stay modules behind the layer elsewhere.
 
-    - "batchnorm": ours for what stands there, without any change in what it computes: torch.nn's SyncBatchNorm becomes
-      our SyncBatchNorm, layers that another library froze stay fixed. Of our own, those of other kinds become BatchNorm.
+    - "batchnorm": ours for what stands there, without any change in what it computes: torch.nn.SyncBatchNorm becomes
+      our SyncBatchNorm, and layers that another library froze stay fixed. Our own of other kinds become BatchNorm.
     - "torch": the way back: class, state_dict, hooks and all that a layer was before; for one that was made by hand
       torch.nn's twin. A fused activation that no class of torch.nn has becomes a module behind it.
     - "sync", "ghost", "renorm", "decorrelated", "frozen": the layer of that kind. Evaluation stays the same.
@@ -104,7 +103,9 @@ def convert(
     options.check(to)
     names = _meant(model, layers)
     if to == "frozen" and places(model, lambda module: isinstance(module, DistributedDataParallel)):
-        raise ArgumentError("DistributedDataParallel waits for the gradients of all parameters: convert before wrapping.")
+        raise ArgumentError(
+            "DistributedDataParallel waits for the gradients of all parameters: convert before wrapping."
+        )
     work = model if inplace else _copied(model)
     found = [place for place in _candidates(work) if place.name in names]
     uses = _uses(work, found, example) if to in _TAKE_INPUT_ONLY else {}
@@ -112,7 +113,9 @@ def convert(
     skipped: list[Skipped] = []
     for place in found:
         reading = read(place.module)
-        built = reading if isinstance(reading, str) else build(reading, to, options, uses.get(place.name, Use(None, True)))
+        built = (
+            reading if isinstance(reading, str) else build(reading, to, options, uses.get(place.name, Use(None, True)))
+        )
         if isinstance(built, str) or isinstance(reading, str):
             skipped.append(Skipped(place.name, str(built)))
         else:
@@ -158,7 +161,10 @@ def _uses(model: torch.nn.Module, found: list[Place], example: Any) -> dict[str,
     by_module = {place.module: place.name for place in found}
     for place in places(model, lambda module: isinstance(module, torch.fx.GraphModule)):
         for node in place.module.graph.nodes:  # type: ignore[union-attr]
-            if node.op == "call_module" and (name := by_module.get(place.module.get_submodule(node.target))) is not None:
+            if (
+                node.op == "call_module"
+                and (name := by_module.get(place.module.get_submodule(node.target))) is not None
+            ):
                 uses[name] = Use(None, len(node.args) + len(node.kwargs) == 1)
     if example is not None:
         twin = _copied(model)
@@ -172,8 +178,8 @@ def _uses(model: torch.nn.Module, found: list[Place], example: Any) -> dict[str,
             twin.get_submodule(place.name).register_forward_pre_hook(
                 lambda _, args, kwargs, name=place.name: note(name, args, kwargs), with_kwargs=True
             )
-        with random_state_kept(twin), uncompiled(), torch.no_grad():
-            call(twin.eval(), example)
+        with uncompiled(), torch.no_grad():
+            output_on(twin, example)
     return uses
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,14 +14,12 @@ from batchnorm.errors import ArgumentError
 from batchnorm.layers.inventory import is_frozen
 from batchnorm.layers.random_state import random_state_kept
 from batchnorm.layers.tracing import uncompiled
-from batchnorm.surgery.building import Built
 from batchnorm.surgery.recognition import Reading
+from batchnorm.surgery.targets import Built
 from batchnorm.surgery.verification import Agreement, call, compare
 
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-_Made = TypeVar("_Made")
 
 
 class Checked(NamedTuple):
@@ -78,10 +76,7 @@ def check_by_example(before: torch.nn.Module, after: torch.nn.Module, example: A
     notes: list[str] = []
     modes = [False]
     with random_state_kept(before), uncompiled(), torch.no_grad():
-        try:
-            _output(before, example, training=False)
-        except Exception as error:
-            raise ArgumentError(f"the model cannot be run on the example: {type(error).__name__}: {error}") from error
+        output_on(before, example)
         if trains:
             try:
                 _output(before, example, training=True)
@@ -96,14 +91,28 @@ def check_by_example(before: torch.nn.Module, after: torch.nn.Module, example: A
             except Exception as error:
                 notes.append(f"the comparison could not be made again in float64: {type(error).__name__}: {error}")
             else:
-                notes.append(f"compared in float64, as rounding came to {found.max_relative:.2g} in the network's own dtype")
+                notes.append(
+                    f"compared in float64, as in its own dtype the network's rounding came to {found.max_relative:.2g}"
+                )
                 found = again
     return Checked(found, tuple(notes))
 
 
+def output_on(model: torch.nn.Module, example: Any) -> Any:
+    """The output of a copy of the model, in evaluation.
+
+    Raises:
+        ArgumentError: the model fails on the example.
+    """
+    try:
+        return _output(model, example, training=False)
+    except Exception as error:
+        raise ArgumentError(f"the model cannot be run on the example: {type(error).__name__}: {error}") from error
+
+
 def _runs(before: Any, after: Any, example: Any, modes: list[bool]) -> Iterator[tuple[Any, Any]]:
     for training in modes:
-        yield tuple(_output(model, example, training=training) for model in (before, after))  # type: ignore[misc]
+        yield tuple(_output(model, example, training=training) for model in (before, after))
 
 
 def _output(model: torch.nn.Module, example: Any, *, training: bool) -> Any:
@@ -111,7 +120,7 @@ def _output(model: torch.nn.Module, example: Any, *, training: bool) -> Any:
         return call(copy.deepcopy(model).train(training), _mapped(example, torch.clone))
 
 
-def _in_float64(whole: _Made) -> _Made:
+def _in_float64(whole: Any) -> Any:
     if isinstance(whole, torch.nn.Module):
         return copy.deepcopy(whole).double()
     return _mapped(whole, lambda leaf: leaf.double() if leaf.is_floating_point() else leaf)
@@ -165,9 +174,7 @@ def _probe(module: torch.nn.Module, training: bool) -> torch.nn.Module:
 def _random_input(reading: Reading) -> torch.Tensor:
     """Normal numbers, mean 1, that the layer takes."""
     layer = reading.layer
-    features = reading.setting("num_features")
-    if features is None:
-        features = layer.running_mean.numel()  # type: ignore[operator, union-attr]
+    features = reading.num_features
     axis = reading.setting("channel_axis", 1)
     sizes, axes = (features, axis) if isinstance(axis, tuple) else ((features,), (axis,))
     rank = {1: 2, 2: 4, 3: 5}.get(reading.home.rank or 0, 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -62,8 +62,8 @@ _OF_LIBRARIES: dict[tuple[str, str], Known] = {
 }
 
 SETTINGS = frozenset(
-    "num_features eps momentum affine track_running_stats process_group activation channel_axis ghost_size r_max d_max "
-    "group_size method _has_warned _stage _last _origin".split()
+    {"num_features", "eps", "momentum", "affine", "track_running_stats", "process_group", "activation", "channel_axis"}
+    | {"ghost_size", "r_max", "d_max", "group_size", "method", "_has_warned", "_stage", "_last", "_origin"}
 )
 """What constructors of known layers set. Anything else on a layer is its user's, and goes with it."""
 
@@ -72,14 +72,15 @@ MODULE_STATE = frozenset(vars(torch.nn.Module()))
 
 # What a subclass may define and still be the layer that it comes from.
 _HARMLESS = frozenset(
-    "__module__ __doc__ __qualname__ __init__ __repr__ extra_repr __annotations__ __annotate_func__ __annotations_cache__ "
-    "__constants__ __static_attributes__ __firstlineno__ __parameters__ __orig_bases__ __dict__ __weakref__".split()
+    {"__module__", "__doc__", "__qualname__", "__dict__", "__weakref__", "__init__", "__repr__", "extra_repr"}
+    | {"__annotations__", "__annotate_func__", "__annotations_cache__", "__constants__", "__static_attributes__"}
+    | {"__firstlineno__", "__parameters__", "__orig_bases__"}
 )
 
 
 @dataclasses.dataclass
 class Origin:
-    """What a layer was before its first conversion, kept on the layer, so that copies, files and the way back have it."""
+    """What a layer was before its first conversion; kept on the layer, so that copies and files have it."""
 
     layer_class: type
     settings: dict[str, Any]
@@ -107,6 +108,27 @@ class Reading(NamedTuple):
         """The class of what it was."""
         return _known(self.origin.layer_class)[0] or self.known
 
+    @property
+    def num_features(self) -> Any:
+        """Number of channels, or the sizes of several channel axes; frozen layers of other libraries do not say it."""
+        features = self.setting("num_features")
+        return vars(self.layer)["_buffers"]["running_mean"].numel() if features is None else features
+
+    @property
+    def eps(self) -> float:
+        """Added to the variance."""
+        return float(self.setting("eps"))
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether it has a weight."""
+        return getattr(self.layer, "weight", None) is not None
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether it keeps running statistics."""
+        return all(getattr(self.layer, name, None) is not None for name in ("running_mean", "running_var"))
+
     def setting(self, name: str, default: Any = None) -> Any:
         """A setting of the layer, or the one from before its conversion."""
         return vars(self.layer).get(name, self.origin.settings.get(name, default))
@@ -127,12 +149,14 @@ def read(layer: torch.nn.Module) -> Reading | str:
         return "it is compiled by TorchScript: convert before torch.jit.script or trace"
     if isinstance(layer, DomainBatchNorm):
         return "DomainBatchNorm has statistics for each domain, which no other layer has"
-    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
+    if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
         return "it does not know its number of channels yet: run one batch through the model first"
     core = core_class(layer)
     known, own = _known(core)
     if known is None:
-        return f"{core.__name__} has a behaviour of its own ({', '.join(own[:4])})" if own else "it is of no known class"
+        return (
+            f"{core.__name__} has a behaviour of its own ({', '.join(own[:4])})" if own else "it is of no known class"
+        )
     replaced = sorted(name for name in vars(layer) if name not in MODULE_STATE and callable(getattr(core, name, None)))
     if replaced:
         return f"{', '.join(replaced)} was replaced on this very layer"
@@ -152,7 +176,7 @@ def read(layer: torch.nn.Module) -> Reading | str:
         return Reading(layer, known, origin, getattr(layer, "activation", None), behind)
     can_fuse, activation = _fused(layer)
     if can_fuse:
-        origin.modules = {name: layer._modules[name] for name in children}  # type: ignore[misc]
+        origin.modules = {name: layer._modules[name] for name in children}
     behind = () if can_fuse else tuple(name for name in BEHIND if name in children)
     return Reading(layer, known, origin, activation, behind)
 
@@ -163,6 +187,13 @@ def core_class(layer: torch.nn.Module) -> type:
     while (inner := _inner(kind)) is not None:
         kind = inner
     return kind
+
+
+def family_of(kind: type) -> Family:
+    """What layers of a known class compute in training."""
+    known, _ = _known(kind)
+    assert known is not None
+    return known.family
 
 
 def titled(kind: type) -> str:
