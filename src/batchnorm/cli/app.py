@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import convert, info, recalibrate, study
+from batchnorm.cli import convert, export, fold, fuse, info, recalibrate, study
 from batchnorm.errors import BatchNormError
 
 USAGE_ERROR = 2
@@ -25,6 +25,9 @@ app = typer.Typer(
 app.add_typer(study.app, name="study")
 app.command("recalibrate")(recalibrate.recalibrate)
 app.command("convert")(convert.convert)
+app.command("fuse")(fuse.fuse)
+app.command("fold")(fold.fold)
+app.command("export")(export.export)
 app.command("info")(info.info)
 
 

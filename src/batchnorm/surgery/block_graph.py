@@ -82,7 +82,9 @@ def graph_of(block: torch.nn.Module, seen: Seen, looked_into: Collection[torch.n
             graphs.append(_with_own_signature(_Tracer(looked_into).trace(block, concrete_args=fixed or None), block))
     except Exception as error:  # torch.fx raises whatever the module's code makes of its proxies
         first = next(iter(str(error).strip().splitlines()), "")
-        raise NotTraceableError(f"{type(block).__name__}.forward cannot be traced: {first or type(error).__name__}") from error
+        raise NotTraceableError(
+            f"{type(block).__name__}.forward cannot be traced: {first or type(error).__name__}"
+        ) from error
     finally:
         for module, mode in before.items():
             module.training = mode
@@ -134,12 +136,16 @@ class _Tracer(Tracer):
 
 
 def tail_sequences(block: torch.nn.Module, is_layer: Any) -> set[torch.nn.Module]:
-    """The children of `block`, and theirs, that are plain sequences with a layer at their end, and nobody listens to."""
+    """The children of `block`, and theirs, that are plain sequences with a layer at their end and without hooks."""
     found: set[torch.nn.Module] = set()
     waiting = list(block.children())
     while waiting:
         child = waiting.pop()
-        if is_plain_sequence(child) and not has_hooks(child) and (is_plain_sequence(block) or _ends_in(child, is_layer)):
+        if (
+            is_plain_sequence(child)
+            and not has_hooks(child)
+            and (is_plain_sequence(block) or _ends_in(child, is_layer))
+        ):
             found.add(child)
             waiting += list(child.children())
     return found
@@ -154,7 +160,7 @@ def _ends_in(sequence: torch.nn.Module, is_layer: Any) -> bool:
 
 
 def _fixed_arguments(block: torch.nn.Module, seen: Seen) -> dict[str, Any]:
-    """Arguments that are None, a bool or a word: the way through forward may hang on them. Calls with others then fail."""
+    """Arguments that are None, bool or str: the way through forward may hang on them, and others fail then."""
     parameters = inspect.signature(block.forward).parameters
     if any(one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD) for one in parameters.values()):
         raise NotTraceableError(f"{type(block).__name__}.forward takes any number of arguments")

@@ -15,7 +15,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def arguments_of(example: Any) -> Arguments:
-    """The arguments that an example stands for: a tuple's or list's are positional, a dict's go by name; else the only one.
+    """The arguments that an example stands for: tuples and lists hold positional ones, dicts named ones.
 
     Raises:
         ArgumentError: there is no tensor in it.
@@ -71,8 +71,8 @@ def outputs_of(model: torch.nn.Module, given: Arguments) -> list[torch.Tensor]:
     found = [tensor.detach().clone() for tensor in tensors_in(output)]
     if not any(tensor.numel() for tensor in found):
         raise ArgumentError(
-            f"the network returns no numbers that could be compared for this example, but {type(output).__name__}: pass "
-            "another example, or the part of the network that computes them."
+            f"the network returns no numbers that could be compared for this example, but {type(output).__name__}: "
+            "pass another example, or the part of the network that computes them."
         )
     return found
 

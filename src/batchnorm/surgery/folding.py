@@ -166,9 +166,7 @@ def _stand_alone(work: torch.nn.Module, now: Plan, recording: Recording, done: _
     return work
 
 
-def _runs(
-    work: torch.nn.Module, given: Arguments
-) -> tuple[list[Arguments], list[list[torch.Tensor]], list[str]]:
+def _runs(work: torch.nn.Module, given: Arguments) -> tuple[list[Arguments], list[list[torch.Tensor]], list[str]]:
     """Inputs, the outputs before anything is changed, and what to say about them."""
     inputs, before, notes = [given], [outputs_of(work, given)], []
     for seed in range(_RANDOM_INPUTS):
@@ -215,7 +213,7 @@ def _beside_own_rounding(
         return agreement
     notes.append(
         f"the network as it came is {own.max_relative:.2g} off its own outputs in float64 by rounding alone; the "
-        f"tolerance is {_ROUNDING_ERRORS} times that, as folding in float64 changes the outputs by {proof.max_relative:.2g}"
+        f"tolerance is {_ROUNDING_ERRORS} times that, as folding in float64 changes them by {proof.max_relative:.2g}"
     )
     return dataclasses.replace(agreement, tolerance=raised)
 

@@ -50,7 +50,9 @@ def plan(recording: Recording, layers: list[Place], model: torch.nn.Module) -> P
     zero padding.
     """
     tied = _tied(model)
-    steps, left, busy = [], [], set()
+    steps: list[Step] = []
+    left: list[tuple[Place, str]] = []
+    busy: set[torch.nn.Module] = set()
     for place in layers:
         reason = why_not(place.module)
         if reason is None and not recording.calls_of(place.module):
@@ -96,7 +98,9 @@ def _behind(recording: Recording, place: Place, tied: set[int]) -> Step:
         _check_target(recording, module, call, tied)
         calls = recording.calls_of(module)
         if any(_sink(other.output) is not place.module for other in calls):
-            raise _NotFoldableError(f"the {call.what} before it is called {len(calls)} times, not always followed by it")
+            raise _NotFoldableError(
+                f"the {call.what} before it is called {len(calls)} times, not always followed by it"
+            )
         _check_numbers(place.module, call, "behind")
     return Step(place, "behind", tuple(targets.items()))
 
@@ -116,9 +120,9 @@ def _in_front(recording: Recording, place: Place, tied: set[int]) -> Step:
             if user.kind != "map" or user.main is not value:
                 raise _NotFoldableError(f"after it comes {user.what}")
             _check_axis(axis, value, user)
+            targets[_owner(user)] = user
             if bool((after.shift != 0).any()):
                 _check_border(user)
-            targets[_owner(user)] = user
             sources.add(id(value))
     for module, call in targets.items():
         _check_target(recording, module, call, tied)
@@ -216,7 +220,9 @@ def _check_axis(channel_axis: int, value: Value, call: Call) -> None:
     rank = len(value.shape)
     if call.what == "linear":
         if channel_axis != rank - 1:
-            raise _NotFoldableError(f"its channels are on axis {channel_axis}, the features of the linear map on {rank - 1}")
+            raise _NotFoldableError(
+                f"its channels are on axis {channel_axis}, the features of the linear map on {rank - 1}"
+            )
     else:
         spatial = int(call.what[-2])
         if channel_axis != 1 or rank != spatial + 2:
@@ -227,8 +233,7 @@ def _check_border(call: Call) -> None:
     """Padding with zeros comes after the shift and does not have it."""
     if call.what == "linear":
         return
-    assert call.module is not None
-    kernel = list(call.module.weight.shape[2:])  # type: ignore[union-attr]
+    kernel = list(linear_map(call).weight.shape[2:])
     if call.what.startswith("conv_transpose"):
         if any(size != 1 for size in kernel) or _largest(call, "stride", 1) != 1 or _largest(call, "padding", 0):
             raise _NotFoldableError(f"after it comes {call.what}, where not every output has a share in its shift")

@@ -60,7 +60,7 @@ def fuse_activations(
         Where `report.agreement.holds` is False the network is as it came.
 
     Raises:
-        ArgumentError: there is no batch normalization layer, the model cannot be copied, or the example holds no tensor.
+        ArgumentError: there is no batch normalization layer, the model cannot be copied, or the example has no tensor.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU())
@@ -136,7 +136,7 @@ class _Fusion:
             graph, found = self._look(block, looked_into, own)
             swapped, others = self._divide(block, graph, found)
             if others and not isinstance(block, GraphModule):
-                # Only what has to be is written out in the block's forward: a sequence that is looked into is not called.
+                # No more than has to be is written out in the block's forward: a part that is looked into is not called.
                 meant = {one.layer for one in others}
                 needed = {part for part in looked_into if meant & set(part.modules())}
                 graph, others = self._look(block, needed, meant)
@@ -154,7 +154,7 @@ class _Fusion:
     ) -> tuple[Graph, list[_Found]]:
         """The block's graph, and what is found in it; reasons are noted for layers that nothing is fused into."""
         seen = self.seen[block]
-        graph = block.graph if isinstance(block, GraphModule) else graph_of(block, seen, looked_into)  # type: ignore[assignment]
+        graph = block.graph if isinstance(block, GraphModule) else graph_of(block, seen, looked_into)
         calls: dict[torch.nn.Module, list[Node]] = {}
         for node in graph.nodes:
             if node.op == "call_module":
@@ -177,7 +177,7 @@ class _Fusion:
         return graph, self._one_for_each(block, found)
 
     def _one_for_each(self, block: torch.nn.Module, found: list[_Found]) -> list[_Found]:
-        """Where two layers are added to one another, one of them takes the activation: the block's own before a part's."""
+        """Of two layers that are added to one another one takes the activation: the block's own before a part's."""
         chosen: dict[Node, _Found] = {}
         for one in sorted(found, key=lambda one: one.layer not in set(block.children())):
             other = chosen.setdefault(one.pattern.activation, one)
@@ -198,20 +198,21 @@ class _Fusion:
         if reading.activation is not None:
             raise NoPatternError(f"it has an activation already, {reading.activation}")
 
-    def _divide(
-        self, block: torch.nn.Module, graph: Graph, found: list[_Found]
-    ) -> tuple[list[_Found], list[_Found]]:
+    def _divide(self, block: torch.nn.Module, graph: Graph, found: list[_Found]) -> tuple[list[_Found], list[_Found]]:
         """What is done by taking the activation's module away, and what needs the block's forward rewritten."""
         if isinstance(block, GraphModule):
             return [], found
         fused = {one.pattern.activation for one in found if one.pattern.addition is None}
-        swapped, others = [], []
+        swapped: list[_Found] = []
+        others: list[_Found] = []
         for one in found:
             node = one.pattern.activation
             is_free = one.pattern.addition is None and node.op == "call_module"
             if is_free:
                 module = block.get_submodule(str(node.target))
-                calls = [n for n in graph.nodes if n.op == "call_module" and block.get_submodule(str(n.target)) is module]
+                calls = [
+                    n for n in graph.nodes if n.op == "call_module" and block.get_submodule(str(n.target)) is module
+                ]
                 is_free = fused.issuperset(calls) and self.seen[module].calls == len(calls) * self.seen[block].calls
             (swapped if is_free else others).append(one)
         if others and is_plain_sequence(block):

@@ -58,7 +58,9 @@ def compare_training(before: torch.nn.Module, after: torch.nn.Module, given: Arg
         try:
             old = _trained(pair[0], inputs)
         except Exception as error:  # one value a channel, targets that are missing
-            notes.append(f"training was not compared: in training mode the example gives {type(error).__name__}: {error}")
+            notes.append(
+                f"training was not compared: in training mode the example gives {type(error).__name__}: {error}"
+            )
         else:
             pairs.append((tuple(old), tuple(_trained(pair[1], inputs))))
     agreement = compare(pairs, tolerance=tolerance)

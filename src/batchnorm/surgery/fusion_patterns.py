@@ -128,7 +128,8 @@ def _next(node: Node, module_at: ModuleAt, passed: list[Node]) -> tuple[Node, No
 def _activation(node: Node, source: Node, module_at: ModuleAt) -> Activation | None:
     if node.args[:1] != (source,):
         return None
-    extra = {**dict(enumerate(node.args[1:], 1)), **{k: v for k, v in node.kwargs.items() if k != "inplace"}}
+    extra: dict[int | str, Any] = dict(enumerate(node.args[1:], 1))
+    extra |= {name: value for name, value in node.kwargs.items() if name != "inplace"}
     if node.op == "call_module":
         module = module_at(str(node.target))
         return None if has_hooks(module) or extra else fusable(module)
@@ -148,7 +149,11 @@ def _activation(node: Node, source: Node, module_at: ModuleAt) -> Activation | N
 
 def _is_addition(node: Node) -> bool:
     if node.op == "call_method":
-        return node.target in ("add", "add_", "__add__", "__iadd__", "__radd__") and len(node.args) == 2 and not node.kwargs
+        return (
+            node.target in ("add", "add_", "__add__", "__iadd__", "__radd__")
+            and len(node.args) == 2
+            and not node.kwargs
+        )
     return node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs
 
 
@@ -171,8 +176,7 @@ def _residual(addition: Node, value: Node, layer: Node, shapes: Shapes) -> Node:
 def _writes(node: Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return (
-        node.op != "call_module"
-        and (name.endswith("_") and not name.endswith("__"))
+        (node.op != "call_module" and (name.endswith("_") and not name.endswith("__")))
         or node.target in (operator.iadd, operator.imul, operator.isub)
         or bool(node.kwargs.get("inplace"))
     )

@@ -1,4 +1,4 @@
-"""What a batch normalization layer does at inference: a scale and a shift for each channel, and what comes after them."""
+"""What a batch normalization layer does at inference: a scale and a shift for each channel, and what comes after."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ScaleShift(NamedTuple):
 
 
 def normalizations(model: torch.nn.Module) -> list[Place]:
-    """The layers that normalise with running statistics, or look like it; each layer of a domain is a part of its whole."""
+    """The layers that normalise with running statistics, or look like it; those of a DomainBatchNorm are one."""
     found = places(model, is_candidate)
     wholes = {part for place in found if isinstance(place.module, DomainBatchNorm) for part in place.module.modules()}
     return [place for place in found if isinstance(place.module, DomainBatchNorm) or place.module not in wholes]

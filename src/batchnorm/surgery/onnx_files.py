@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -64,14 +66,12 @@ def write_onnx(path: Path, model: Model, *, external: bool) -> None:
         ArgumentError: onnx's own checker does not take the model.
     """
     onnx, _ = onnx_packages()
-    folder = path.resolve().parent
-    data = f"{path.name}.data"
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.name}.") as name:
-        made = Path(name) / path.name
+    with put_when_done(path) as made:
         if external or model.ByteSize() >= _LARGEST:
             # A copy: onnx takes the weights out of the model that it saves.
             whole = onnx.ModelProto()
             whole.CopyFrom(model)
+            data = data_file_of(path).name
             onnx.save_model(whole, str(made), save_as_external_data=True, location=data, size_threshold=1024)
         else:
             onnx.save_model(model, str(made))
@@ -79,9 +79,30 @@ def write_onnx(path: Path, model: Model, *, external: bool) -> None:
             onnx.checker.check_model(str(made))
         except Exception as error:
             raise ArgumentError(f"the new model is not valid, nothing was written: {_first_line(error)}") from error
-        if (Path(name) / data).exists():
-            os.replace(Path(name) / data, folder / data)
-        os.replace(made, folder / path.name)
+
+
+@contextmanager
+def put_when_done(path: Path) -> Iterator[Path]:
+    """A file of the same name in a folder of its own, which takes the place of `path` at the end, with its data file.
+
+    If the block raises, or makes no file, nothing is at `path` that was not there before.
+    """
+    folder = path.resolve().parent
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f".{path.name}.") as name:
+        made = Path(name) / path.name
+        yield made
+        for file in (data_file_of(made), made):  # the model last: it names the other one
+            if file.exists():
+                os.replace(file, folder / file.name)
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """Raises ArgumentError unless `path`, and its external data, may be written."""
+    for file in (path, data_file_of(path)):
+        if file.exists() and not force:
+            raise ArgumentError(f"{file} exists: pass force=True (--force) to overwrite it, or choose another name")
+    if not path.resolve().parent.is_dir():
+        raise ArgumentError(f"the folder of {path} does not exist")
 
 
 def data_file_of(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""fold_onnx(): BatchNormalization nodes of an ONNX file become part of the convolutions and matrix products beside them."""
+"""fold_onnx(): BatchNormalization nodes of an ONNX file go into the convolutions and matrix products beside them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from batchnorm.errors import ArgumentError
-from batchnorm.surgery.onnx_files import Model, data_file_of, onnx_packages, read_onnx, write_onnx
+from batchnorm.surgery.onnx_files import Model, check_target, onnx_packages, read_onnx, write_onnx
 from batchnorm.surgery.onnx_graph import Node, OnnxGraph, attributes, inside_others
 from batchnorm.surgery.onnx_maps import NotFoldableError, fold_node_behind, fold_node_in_front
 from batchnorm.surgery.onnx_running import random_inputs, run_onnx
@@ -71,15 +71,6 @@ def fold_onnx(
         notes.append("refused: the outputs differ, and nothing was written")
         changed = []
     return SurgeryReport("fold", tuple(changed), tuple(skipped), agreement, tuple(notes))
-
-
-def check_target(target: Path, *, force: bool) -> None:
-    """Raises ArgumentError unless `target`, and its external data, may be written."""
-    for file in (target, data_file_of(target)):
-        if file.exists() and not force:
-            raise ArgumentError(f"{file} exists: pass force=True (--force) to overwrite it, or choose another name")
-    if not target.resolve().parent.is_dir():
-        raise ArgumentError(f"the folder of {target} does not exist")
 
 
 def _fold_all(graph: OnnxGraph) -> tuple[list[Changed], list[Skipped]]:

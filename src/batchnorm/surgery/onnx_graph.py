@@ -50,7 +50,7 @@ class OnnxGraph:
         tensor = self._constants.get(name)
         if tensor is None and node is not None and node.op_type == "Constant":
             tensor = next((onnx.helper.get_attribute_value(one) for one in node.attribute if one.name == "value"), None)
-        return None if tensor is None else onnx.numpy_helper.to_array(tensor)  # type: ignore[no-any-return]
+        return None if tensor is None else onnx.numpy_helper.to_array(tensor)
 
     def rank(self, name: str) -> int | None:
         """The number of axes of a value; None where the model does not tell."""

@@ -74,7 +74,7 @@ def fold_node_in_front(graph: OnnxGraph, node: Node, scale: Array, shift: Array)
         _check_rank(graph, user, made)
         if shift.any():
             _check_border(graph, user)
-        adds = None
+        adds: Node = None
         if user.op_type == "MatMul" and shift.any():
             adds = graph.only_consumer(user.output[0])
             if adds is None or adds.op_type != "Add" or graph.constant(_other(adds, user.output[0])) is None:
@@ -180,7 +180,9 @@ def _check_border(graph: OnnxGraph, node: Node) -> None:
     given = attributes(node)
     if node.op_type == "ConvTranspose":
         raise NotFoldableError("after it comes ConvTranspose, where not every output has a share in its shift")
-    if node.op_type != "Conv" or all(size == 1 for size in _weight(graph, node).shape[2:]) and not any(given.get("pads", [])):
+    if node.op_type != "Conv" or (
+        all(size == 1 for size in _weight(graph, node).shape[2:]) and not any(given.get("pads", []))
+    ):
         return
     if any(given.get("pads", [])) or given.get("auto_pad", "NOTSET") in ("SAME_UPPER", "SAME_LOWER"):
         raise NotFoldableError("after it comes Conv, whose zero padding does not have its shift")

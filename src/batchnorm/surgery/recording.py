@@ -36,15 +36,20 @@ _USED = {
 
 # What gives numbers another place and leaves them as they are, for some arguments at least.
 _MOVES = frozenset(
-    "__getitem__ clone contiguous flatten movedim pad permute reshape squeeze swapaxes transpose unflatten unsqueeze view".split()
-)
+    {
+        "__getitem__", "clone", "contiguous", "flatten", "movedim", "pad", "permute", "reshape", "squeeze", "swapaxes",
+        "transpose", "unflatten", "unsqueeze", "view",
+    }
+)  # fmt: skip
 
 # Questions about a tensor that its values have no part in.
 _ABOUT = frozenset(
-    "__get__ __hash__ __len__ data_ptr dim element_size get_device has_names is_complex is_conj is_contiguous "
-    "is_floating_point is_inference is_neg is_pinned is_same_size is_set_to is_signed ndimension nelement numel "
-    "size storage_offset stride type untyped_storage".split()
-)
+    {
+        "__get__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "has_names", "is_complex",
+        "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_pinned", "is_same_size",
+        "is_set_to", "is_signed", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "type", "untyped_storage",
+    }
+)  # fmt: skip
 
 
 @dataclasses.dataclass(eq=False)
@@ -157,7 +162,9 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
         if isinstance(leaf, torch.Tensor):
             found.append(leaf)
         elif hasattr(leaf, "__dict__") and not isinstance(leaf, type | torch.nn.Module) and not callable(leaf):
-            found += [value for value in pytree.tree_leaves(list(vars(leaf).values())) if isinstance(value, torch.Tensor)]
+            found += [
+                value for value in pytree.tree_leaves(list(vars(leaf).values())) if isinstance(value, torch.Tensor)
+            ]
     return found
 
 

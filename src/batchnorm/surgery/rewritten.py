@@ -11,7 +11,7 @@ from torch.fx import Graph
 
 # How fx writes its own pickles: import statements for what the generated code names.
 from torch.fx.graph_module import _format_import_block
-from torch.package import sys_importer
+from torch.package.importer import sys_importer
 
 
 class Rewritten:
