@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch.fx import Graph, GraphModule, Interpreter, Node, Tracer
 
 from batchnorm.layers.random_state import random_state_kept
+from batchnorm.layers.tracing import uncompiled
 from batchnorm.surgery.activations import has_hooks
 
 
@@ -27,8 +29,21 @@ class NotTraceableError(Exception):
     """Says why a module's forward has no one data flow."""
 
 
+@contextmanager
+def in_mode(model: torch.nn.Module, training: bool) -> Iterator[None]:
+    """The modules are in this mode for a while, also those whose train() has a say in it, as that of frozen layers."""
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = training
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
 def observe(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[torch.nn.Module, Seen]:
-    """Runs the model once, without gradients, and notes which modules are called how often and with what at first."""
+    """Runs the model once in evaluation, without gradients: which modules are called how often, with what at first."""
     seen: dict[torch.nn.Module, Seen] = {}
 
     def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -43,7 +58,7 @@ def observe(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         if not isinstance(module, torch.jit.ScriptModule)
     ]
     try:
-        with random_state_kept(model), torch.no_grad():
+        with in_mode(model, False), random_state_kept(model), uncompiled(), torch.no_grad():
             model(*args, **kwargs)
     finally:
         for handle in handles:
@@ -73,21 +88,18 @@ def graph_of(block: torch.nn.Module, seen: Seen, looked_into: Collection[torch.n
         graph.output(output)
         return graph
     fixed = _fixed_arguments(block, seen)
-    before = {module: module.training for module in block.modules()}
     graphs = []
     try:
         for mode in (True, False):
-            for module in before:  # not train(): frozen layers and modules with a train() of their own have a say in it
-                module.training = mode
-            graphs.append(_with_own_signature(_Tracer(looked_into).trace(block, concrete_args=fixed or None), block))
+            with in_mode(block, mode):
+                graphs.append(
+                    _with_own_signature(_Tracer(looked_into).trace(block, concrete_args=fixed or None), block)
+                )
     except Exception as error:  # torch.fx raises whatever the module's code makes of its proxies
         first = next(iter(str(error).strip().splitlines()), "")
         raise NotTraceableError(
             f"{type(block).__name__}.forward cannot be traced: {first or type(error).__name__}"
         ) from error
-    finally:
-        for module, mode in before.items():
-            module.training = mode
     if _text(graphs[0]) != _text(graphs[1]):
         raise NotTraceableError(f"{type(block).__name__}.forward does something else in training than in evaluation")
     return graphs[1]
@@ -116,7 +128,7 @@ def shapes_in(graph: Graph, block: torch.nn.Module, seen: Seen) -> dict[str, tup
         default = node.args[0] if node.args else None
         inputs.append(given[node.target] if node.target in given else next(values, default))
     try:
-        with random_state_kept(block), torch.no_grad():
+        with in_mode(block, False), random_state_kept(block), torch.no_grad():
             _Shapes(GraphModule(block, graph)).run(*pytree.tree_map_only(torch.Tensor, torch.clone, inputs))
     except Exception as error:  # a branch that proxies took and tensors do not
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -171,6 +183,8 @@ def _fixed_arguments(block: torch.nn.Module, seen: Seen) -> dict[str, Any]:
 def _with_own_signature(graph: Graph, block: torch.nn.Module) -> Graph:
     """Puts names and defaults of arguments back, which torch.fx changes for those that are fixed."""
     parameters = inspect.signature(block.forward).parameters
+    for node in graph.nodes:
+        node.type = None  # annotations may be words that mean something in the block's own file only
     for node, (name, parameter) in zip(graph.find_nodes(op="placeholder"), parameters.items(), strict=True):
         node.target = name
         node.args = () if parameter.default is parameter.empty else (parameter.default,)

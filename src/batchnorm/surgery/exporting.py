@@ -23,6 +23,8 @@ from batchnorm.surgery.verification import Agreement, compare
 
 _TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _ROUNDING_ERRORS = 3
+_AT_MOST = 100
+"""How often the tolerance may be multiplied for that."""
 _OTHER_BATCHES = (1, 3)
 
 
@@ -170,7 +172,7 @@ def _beside_own_rounding(
         own = compare(zip(truth, before, strict=True), tolerance=agreement.tolerance)
     except Exception:  # networks with constants of a dtype of their own
         return agreement
-    raised = _ROUNDING_ERRORS * own.max_relative
+    raised = min(_ROUNDING_ERRORS * own.max_relative, _AT_MOST * agreement.tolerance)
     if agreement.max_relative > raised:
         return agreement
     notes.append(

@@ -93,7 +93,7 @@ def _behind(recording: Recording, place: Place, tied: set[int]) -> Step:
         made = source.output
         assert made is not None
         _check_axis(axis, made, source)
-        targets[_owner(source)] = source
+        targets[_owner(source, tied)] = source
     for module, call in targets.items():
         _check_target(recording, module, call, tied)
         calls = recording.calls_of(module)
@@ -120,7 +120,7 @@ def _in_front(recording: Recording, place: Place, tied: set[int]) -> Step:
             if user.kind != "map" or user.main is not value:
                 raise _NotFoldableError(f"after it comes {user.what}")
             _check_axis(axis, value, user)
-            targets[_owner(user)] = user
+            targets[_owner(user, tied)] = user
             if bool((after.shift != 0).any()):
                 _check_border(user)
             sources.add(id(value))
@@ -193,11 +193,13 @@ def _axis_after(call: Call, axis: int) -> int | None:
     )
 
 
-def _owner(call: Call) -> torch.nn.Module:
+def _owner(call: Call, tied: set[int]) -> torch.nn.Module:
     """The module with the map's weight and bias."""
     module = call.module
     if module is None:
         raise _NotFoldableError(f"the weight of the {call.what} is no parameter of a module")
+    if id(module.weight) in tied:
+        raise _NotFoldableError(f"the {call.what}'s parameters are used elsewhere too")
     bias = call.value_of("bias")
     if "bias" not in module._parameters or module._parameters["bias"] is not bias:
         raise _NotFoldableError(f"the {call.what}'s bias is not that of its {type(module).__name__}")

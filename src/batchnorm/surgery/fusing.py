@@ -12,10 +12,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels.contract import Activation
-from batchnorm.layers.tracing import uncompiled
 from batchnorm.surgery.block_graph import (
     NotTraceableError,
-    Seen,
     graph_of,
     is_plain_sequence,
     observe,
@@ -105,7 +103,7 @@ class _Fusion:
         self.changed: list[Changed] = []
         self.reasons: dict[torch.nn.Module, str] = {}
         self.done: set[torch.nn.Module] = set()
-        self.seen = _seen(model, given)
+        self.seen = observe(model, *copied(given))
 
     def run(self) -> torch.nn.Module:
         inside = {part for layer in self.places for part in layer.modules()}
@@ -136,7 +134,7 @@ class _Fusion:
             graph, found = self._look(block, looked_into, own)
             swapped, others = self._divide(block, graph, found)
             if others and not isinstance(block, GraphModule):
-                # No more than has to be is written out in the block's forward: a part that is looked into is not called.
+                # No more than has to be is written out in the block's forward: its parts are not called then.
                 meant = {one.layer for one in others}
                 needed = {part for part in looked_into if meant & set(part.modules())}
                 graph, others = self._look(block, needed, meant)
@@ -267,19 +265,6 @@ def _become_ours(layer: Any, activation: Activation) -> None:
     if not reading.known.is_ours:
         convert(layer, "batchnorm", inplace=True)
     layer.activation = activation
-
-
-def _seen(model: torch.nn.Module, given: Arguments) -> dict[torch.nn.Module, Seen]:
-    """What a run in evaluation mode shows; modes are put back."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        with uncompiled():
-            return observe(model, *copied(given))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _copied(model: torch.nn.Module) -> torch.nn.Module:

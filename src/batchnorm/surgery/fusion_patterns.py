@@ -168,7 +168,7 @@ def _residual(addition: Node, value: Node, layer: Node, shapes: Shapes) -> Node:
     if is_inplace and first is other and (other.op == "placeholder" or len(other.users) > 1):
         raise NoPatternError("it is added in place to a value that goes elsewhere too")
     source = layer.args[0]
-    if isinstance(source, Node) and any(_writes(user) for user in source.users if user is not layer):
+    if isinstance(source, Node) and any(_writes(user) for user in source.users if user.args[:1] == (source,)):
         raise NoPatternError("its input is written to in place by something else")
     return other
 

@@ -115,7 +115,7 @@ def _product_and_bias(graph: OnnxGraph, add: Node) -> tuple[Node, str]:
                 raise NotFoldableError("the output of the MatMul before it goes elsewhere too")
             _check_rank(graph, product, product.output[0])
             _vector(bias)
-            return product, add.input[1 - position]
+            return product, str(add.input[1 - position])
     raise NotFoldableError("before it stands Add")
 
 

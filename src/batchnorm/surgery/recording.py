@@ -47,7 +47,8 @@ _ABOUT = frozenset(
     {
         "__get__", "__hash__", "__len__", "data_ptr", "dim", "element_size", "get_device", "has_names", "is_complex",
         "is_conj", "is_contiguous", "is_floating_point", "is_inference", "is_neg", "is_pinned", "is_same_size",
-        "is_set_to", "is_signed", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "type", "untyped_storage",
+        "is_set_to", "is_signed", "ndimension", "nelement", "numel", "size", "storage_offset", "stride", "type",
+        "untyped_storage",
     }
 )  # fmt: skip
 
