@@ -291,39 +291,3 @@ class TestDispatch:
         with FakeTensorMode():
             y, _ = batch_norm(torch.randn(4, 3, 5))
         assert y.shape == (4, 3, 5)
-
-
-class TestPool:
-    @pytest.fixture(autouse=True)
-    def _limit(self):
-        before = _cpu.pool_state()[0] >> 20
-        cpu.limit_pool(64)
-        yield
-        cpu.limit_pool(before)
-
-    def test_large_outputs_are_recycled(self):
-        x = torch.randn(4, 16, 512, 256)  # 32 MB
-        expected = torch.nn.functional.batch_norm(x, None, None, training=True)
-        y, _ = batch_norm(x)
-        torch.testing.assert_close(y, expected)
-        first = y.data_ptr()
-        assert _cpu.pool_state()[2] >= x.nbytes
-        del y
-        again, _ = batch_norm(x.contiguous(memory_format=torch.channels_last))
-        assert again.data_ptr() == first
-        assert again.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(again, expected)
-        kept = again.relu_()[1]  # a view keeps the buffer
-        del again
-        assert batch_norm(x)[0].data_ptr() != first
-        torch.testing.assert_close(kept, expected.relu()[1])
-
-    def test_no_more_lies_idle_than_the_limit(self):
-        x = torch.randn(2, 8, 1024, 512, dtype=torch.bfloat16)  # 16 MB
-        outputs = [batch_norm(x)[0] for _ in range(6)]
-        del outputs
-        assert 0 < _cpu.pool_state()[1] <= 64 << 20
-        cpu.limit_pool(0)
-        assert _cpu.pool_state()[1] == 0
-        batch_norm(x)
-        assert _cpu.pool_state()[1] == 0

@@ -35,7 +35,9 @@ _ACTIVATIONS: dict[Activation | None, int] = {
 _cpu.set_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 if "BATCHNORM_CPU_ISA" in os.environ:
     _cpu.choose_instruction_set(os.environ["BATCHNORM_CPU_ISA"])
-_cpu.limit_pool(int(os.environ.get("BATCHNORM_POOL_MB", "0")) << 20)
+_cpu.limit_pool(
+    int(os.environ["BATCHNORM_POOL_MB"]) << 20 if "BATCHNORM_POOL_MB" in os.environ else _cpu.usual_pool_limit()
+)
 # A forked child has none of OpenMP's threads, and would wait for them for ever.
 os.register_at_fork(after_in_child=_cpu.forbid_threads)
 
@@ -193,27 +195,32 @@ def core() -> Core:
     return Core(_cpu.instruction_set(), names, (level2, level3), _cpu.has_exchange_api(), pool)
 
 
-POOLED_BYTES = 16 << 20
-"""Outputs from this size on come from the pool; csrc/pool.hpp says why."""
-
-
 def limit_pool(megabytes: int) -> None:
-    """How much memory may lie idle in the pool of output buffers; 0, as at first, turns the pool off.
+    """How much memory may lie idle in the pool of output buffers; 0 turns the pool off.
 
     Buffers in use do not count: they are ordinary tensors, and return to the pool when the last reference to them
-    goes. BATCHNORM_POOL_MB in the environment sets the limit at start.
+    goes. BATCHNORM_POOL_MB in the environment sets the limit at start; 512, or less on a small machine, if it is not set.
     """
     _cpu.limit_pool(megabytes << 20)
 
 
 def _new_like(x: torch.Tensor) -> torch.Tensor:
     """An output like x: torch.empty_like, or a recycled buffer where pages would have to be mapped afresh."""
-    if x.nbytes >= POOLED_BYTES and _cpu.pool_state()[0] > 0:
-        dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        pooled = _cpu.pooled_like(x) if dense and type(x) in _PLAIN_TENSORS else None
-        if pooled is not None:
-            return pooled
-    return torch.empty_like(x)
+    if x.nbytes < _cpu.POOLED_BYTES or not _is_dense(x):
+        return torch.empty_like(x)
+    capsule = _cpu.pooled_like(x)
+    if capsule is None:
+        return torch.empty_like(x)
+    # set_ rather than a view: what comes out of an autograd Function must not be one.
+    storage = torch.utils.dlpack.from_dlpack(capsule).untyped_storage()
+    return x.new_empty(0).set_(storage, 0, x.shape, x.stride())
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    if x.is_contiguous():
+        return True
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return last is not None and x.is_contiguous(memory_format=last)
 
 
 _NOTHING = Affine(None, None, 0.0, None)
