@@ -291,3 +291,41 @@ class TestDispatch:
         with FakeTensorMode():
             y, _ = batch_norm(torch.randn(4, 3, 5))
         assert y.shape == (4, 3, 5)
+
+
+GRADIENTS = {
+    "sum": lambda x: torch.ones(()).expand(x.shape),
+    "per-channel": lambda x: torch.randn(x.shape[1]).view(1, -1, *[1] * (x.ndim - 2)).expand(x.shape),
+    "pooled": lambda x: torch.randn(*x.shape[:2], *[1] * (x.ndim - 2)).expand(x.shape),
+    "contiguous": lambda x: torch.randn(x.shape),
+    "channels-last": lambda x: _channels_last(torch.randn(x.shape)),
+    "transposed": lambda x: torch.randn(x.shape[::-1]).permute(*range(x.ndim)[::-1]),
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("shape", [(6, 80, 9, 8), (3, 5, 40, 40), (200, 70), (4, 1, 30), (300, 3), (2, 96, 7, 7)])
+@pytest.mark.parametrize("layout", ["planar", "channels-last"])
+def test_gradients_of_any_layout(gradient, shape, layout):
+    x = torch.randn(shape)
+    _compare(_channels_last(x) if layout == "channels-last" else x, gradient(x), activation="silu")
+
+
+@pytest.mark.parametrize("shape", [(40, 16, 7, 7), (9, 40, 14, 14), (2, 3, 5, 5), (5, 6, 700), (3000, 20), (50, 2100)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_halves_agree_with_the_whole(instruction_set, shape, threads):
+    """Statistics or the second pass alone are cut into work in ways of their own."""
+    torch.set_num_threads(threads)
+    x, dy = torch.randn(shape) + 3, torch.randn(shape)
+    affine = Affine(torch.rand(shape[1]) + 0.5, torch.randn(shape[1]), 1e-5, "silu")
+    for laid, gradient in ((x, dy), (_channels_last(x), _channels_last(dy))):
+        y, moments = cpu.forward(laid, affine)
+        alone = cpu.stats(laid)
+        torch.testing.assert_close((alone.mean, alone.var), (moments.mean, moments.var), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(cpu.apply(laid, moments, affine), y)
+        whole = cpu.backward(gradient, laid, moments, affine, is_estimated=True)
+        sums = cpu.backward_reduce(gradient, laid, moments, affine)
+        torch.testing.assert_close(sums.dz.float(), whole.sums.dz, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sums.dz_xhat.float(), whole.sums.dz_xhat, rtol=1e-5, atol=1e-4)
+        dx, _ = cpu.backward_apply(gradient, laid, moments, affine, sums=sums)
+        torch.testing.assert_close(dx, whole.x, rtol=1e-5, atol=1e-5)

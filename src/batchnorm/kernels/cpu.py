@@ -298,8 +298,7 @@ def _backward(
         return
     # The gradient comes in another layout than x, as a rule; or x itself has strides that the core does not know.
     given = _contiguous(mask), _contiguous(weight), _contiguous(bias), mean.contiguous(), var.contiguous()
-    like = torch.empty_like(x) if dx is None else dx
-    dy_like, read_like = _like(dy, like), None if read is None else _like(read, like)
+    dy_like, read_like = _laid_out_like(x, dy), None if read is None else _laid_out_like(x, read)
     if _cpu.backward(dy_like, x, read_like, dx, dresidual, *given, *rest):
         return
     whole = None if dx is None else torch.empty(x.shape, dtype=x.dtype)
@@ -326,5 +325,17 @@ def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(other).copy_(x)
+def _laid_out_like(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """`given` with the strides of x; or, where it is one number expanded, as sum() makes it, a piece that is repeated."""
+    if given.stride() == x.stride():
+        return given
+    if not any(given.stride()) and given.numel() > 1:
+        is_channels_last = x.ndim == 2 or (x.stride(1) == 1 and x.shape[1] > 1)
+        if not is_channels_last or x.shape[1] >= _WIDE_ROW:
+            piece = (slice(0, 1), slice(None), *(slice(0, 1) if is_channels_last else slice(None) for _ in x.shape[2:]))
+            return torch.empty_like(x[piece]).copy_(given[piece]).expand(x.shape)
+    return _new_like(x).copy_(given)
+
+
+_WIDE_ROW = 64
+"""Channels from which on the core needs not fold rows of channels-last tensors, which repeated ones do not allow."""
