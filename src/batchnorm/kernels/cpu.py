@@ -114,14 +114,14 @@ def backward(
 ) -> Gradients:
     """See `contract.Backend.backward`; the sums have the dtype of the weight where that is float32 or float64."""
     dx = _new_like(x)
-    dresidual = None if residual is None else _new_like(x)
+    dresidual = _new_residual_gradient(x, affine, residual)
     weight = affine.weight
     if weight is not None and weight.dtype in _WIDE:
         sums = BackwardSums(torch.empty_like(weight), torch.empty_like(weight))
     else:
         sums = _new_sums(x, torch.float64)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, True, is_estimated)
-    return Gradients(dx, dresidual, sums)
+    return Gradients(dx, dy if dresidual is None and residual is not None else dresidual, sums)
 
 
 def backward_reduce(
@@ -145,9 +145,9 @@ def backward_apply(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `contract.Backend.backward_apply`."""
     dx = _new_like(x)
-    dresidual = None if residual is None else _new_like(x)
+    dresidual = _new_residual_gradient(x, affine, residual)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, False, sums is not None)
-    return dx, dresidual
+    return dx, dy if dresidual is None and residual is not None else dresidual
 
 
 def update_running(
@@ -216,6 +216,11 @@ def _new_like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(0).set_(storage, 0, x.shape, x.stride())
 
 
+def _new_residual_gradient(x: torch.Tensor, affine: Affine, residual: torch.Tensor | None) -> torch.Tensor | None:
+    """Where to write dresidual; None where there is none, and where it is dy itself, without an activation."""
+    return None if residual is None or affine.activation is None else _new_like(x)
+
+
 def _is_dense(x: torch.Tensor) -> bool:
     if x.is_contiguous():
         return True
@@ -234,13 +239,13 @@ def _new_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     channels = x.shape[1]
     like = _prototypes.get(channels)
     if like is None:
-        like = _prototypes[channels] = torch.empty(channels, dtype=torch.float64)
+        like = _prototypes[channels] = torch.empty(channels, dtype=torch.float64, device="cpu")
     return torch.empty_like(like), torch.empty_like(like)
 
 
 def _new_sums(x: torch.Tensor, dtype: torch.dtype) -> BackwardSums:
     channels = x.shape[1]
-    return BackwardSums(torch.empty(channels, dtype=dtype), torch.empty(channels, dtype=dtype))
+    return BackwardSums(x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype))
 
 
 def _forward(
