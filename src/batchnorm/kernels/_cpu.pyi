@@ -61,6 +61,7 @@ def update_running(
     momentum: float,
     /,
 ) -> bool: ...
+
 POOLED_BYTES: int
 
 def pooled_like(x: torch.Tensor, /) -> object | None: ...

@@ -199,7 +199,7 @@ def limit_pool(megabytes: int) -> None:
     """How much memory may lie idle in the pool of output buffers; 0 turns the pool off.
 
     Buffers in use do not count: they are ordinary tensors, and return to the pool when the last reference to them
-    goes. BATCHNORM_POOL_MB in the environment sets the limit at start; 512, or less on a small machine, if it is not set.
+    goes. BATCHNORM_POOL_MB in the environment sets the limit at start; without it that is 512, less on a small machine.
     """
     _cpu.limit_pool(megabytes << 20)
 
@@ -331,7 +331,7 @@ def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _laid_out_like(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
-    """`given` with the strides of x; or, where it is one number expanded, as sum() makes it, a piece that is repeated."""
+    """`given` with the strides of x; where it is one number expanded, as sum() makes it, a piece that is repeated."""
     if given.stride() == x.stride():
         return given
     if not any(given.stride()) and given.numel() > 1:
