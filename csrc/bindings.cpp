@@ -1,7 +1,6 @@
 // The Python module batchnorm.kernels._cpu: tensors in, pointers on to the core. Shapes and dtypes were checked at the public
 // door; here only what would read or write memory that is not ours is checked again.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "cache.hpp"
+#include "dlpack.hpp"
 #include "parallel.hpp"
 #include "pool.hpp"
 #include "running.hpp"
@@ -250,18 +250,30 @@ bool update_running(nb::handle running_mean, nb::handle running_var, nb::handle 
   return take_in(to_mean, to_var, batches, batch_mean.data(), batch_var.data(), channels, count, momentum);
 }
 
-// A torch tensor with the shape, strides and dtype of x, in a buffer of the pool; None where there is no memory. x is
-// dense: its strides are a permutation of contiguous ones.
+// A DLPack capsule of a buffer of the pool, as many values of the dtype of x in a row; None where the pool has none.
 nb::object pooled_like(nb::handle x) {
   const TensorView view = view_of(x);
-  size_t values = 1, shape[kMostDimensions];
-  for (int i = 0; i < view.ndim; ++i) values *= shape[i] = static_cast<size_t>(view.shape[i]);
-  void* buffer = take_buffer(values * view.type_bits / 8);
+  int64_t values = 1;
+  for (int i = 0; i < view.ndim; ++i) values *= view.shape[i];
+  void* buffer = take_buffer(static_cast<size_t>(values) * view.type_bits / 8);
   if (!buffer) return nb::none();
-  nb::capsule owner(buffer, [](void* data) noexcept { release_buffer(data); });
-  const nb::dlpack::dtype type{view.type_code, view.type_bits, 1};
-  nb::ndarray<nb::pytorch> array(buffer, static_cast<size_t>(view.ndim), shape, owner, view.strides, type);
-  return nb::cast(array);
+  struct Lent : dlpack::ManagedTensor {
+    int64_t size, stride;
+  };
+  Lent* lent = new Lent;
+  lent->size = values;
+  lent->stride = 1;
+  lent->tensor = {buffer, 1, 0, 1, view.type_code, view.type_bits, 1, &lent->size, &lent->stride, 0};
+  lent->context = nullptr;
+  lent->deleter = [](dlpack::ManagedTensor* self) {  // from any thread, without Python
+    release_buffer(self->tensor.data);
+    delete static_cast<Lent*>(self);
+  };
+  return nb::steal(PyCapsule_New(static_cast<dlpack::ManagedTensor*>(lent), "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // a tensor took it over
+    auto* unused = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    unused->deleter(unused);
+  }));
 }
 
 std::vector<std::string> instruction_sets() {
@@ -296,6 +308,8 @@ NB_MODULE(_cpu, m) {
         nb::arg("count"), nb::arg("momentum"));
   m.def("pooled_like", &pooled_like, nb::arg("x"));
   m.def("limit_pool", &limit_pool, nb::arg("bytes"));
+  m.def("usual_pool_limit", &usual_pool_limit);
+  m.attr("POOLED_BYTES") = kPooledBytes;
   m.def("pool_state", [] {
     const PoolState state = pool_state();
     return std::vector<int64_t>{state.limit, state.idle, state.lent};

@@ -294,40 +294,14 @@ class TestDispatch:
         assert y.shape == (4, 3, 5)
 
 
-class TestPool:
-    @pytest.fixture(autouse=True)
-    def _limit(self):
-        before = _cpu.pool_state()[0] >> 20
-        cpu.limit_pool(64)
-        yield
-        cpu.limit_pool(before)
-
-    def test_large_outputs_are_recycled(self):
-        x = torch.randn(4, 16, 512, 256)  # 32 MB
-        expected = torch.nn.functional.batch_norm(x, None, None, training=True)
-        y, _ = batch_norm(x)
-        torch.testing.assert_close(y, expected)
-        first = y.data_ptr()
-        assert _cpu.pool_state()[2] >= x.nbytes
-        del y
-        again, _ = batch_norm(x.contiguous(memory_format=torch.channels_last))
-        assert again.data_ptr() == first
-        assert again.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(again, expected)
-        kept = again.relu_()[1]  # a view keeps the buffer
-        del again
-        assert batch_norm(x)[0].data_ptr() != first
-        torch.testing.assert_close(kept, expected.relu()[1])
-
-    def test_no_more_lies_idle_than_the_limit(self):
-        x = torch.randn(2, 8, 1024, 512, dtype=torch.bfloat16)  # 16 MB
-        outputs = [batch_norm(x)[0] for _ in range(6)]
-        del outputs
-        assert 0 < _cpu.pool_state()[1] <= 64 << 20
-        cpu.limit_pool(0)
-        assert _cpu.pool_state()[1] == 0
-        batch_norm(x)
-        assert _cpu.pool_state()[1] == 0
+GRADIENTS = {
+    "sum": lambda x: torch.ones(()).expand(x.shape),
+    "per-channel": lambda x: torch.randn(x.shape[1]).view(1, -1, *[1] * (x.ndim - 2)).expand(x.shape),
+    "pooled": lambda x: torch.randn(*x.shape[:2], *[1] * (x.ndim - 2)).expand(x.shape),
+    "contiguous": lambda x: torch.randn(x.shape),
+    "channels-last": lambda x: _channels_last(torch.randn(x.shape)),
+    "transposed": lambda x: torch.randn(x.shape[::-1]).permute(*range(x.ndim)[::-1]),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -377,3 +351,31 @@ def test_wide_stats_of_any_strides_nothing_and_nan():
     x[1, 2, 3, 0] = float("nan")
     assert cpu.wide_stats(x).mean.isnan().tolist() == [False, False, True, False, False]
     assert cpu.wide_stats(torch.zeros(2, 3, device="meta")) is None
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("shape", [(6, 80, 9, 8), (3, 5, 40, 40), (200, 70), (4, 1, 30), (300, 3), (2, 96, 7, 7)])
+@pytest.mark.parametrize("layout", ["planar", "channels-last"])
+def test_gradients_of_any_layout(gradient, shape, layout):
+    x = torch.randn(shape)
+    _compare(_channels_last(x) if layout == "channels-last" else x, gradient(x), activation="silu")
+
+
+@pytest.mark.parametrize("shape", [(40, 16, 7, 7), (9, 40, 14, 14), (2, 3, 5, 5), (5, 6, 700), (3000, 20), (50, 2100)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_halves_agree_with_the_whole(instruction_set, shape, threads):
+    """Statistics or the second pass alone are cut into work in ways of their own."""
+    torch.set_num_threads(threads)
+    x, dy = torch.randn(shape) + 3, torch.randn(shape)
+    affine = Affine(torch.rand(shape[1]) + 0.5, torch.randn(shape[1]), 1e-5, "silu")
+    for laid, gradient in ((x, dy), (_channels_last(x), _channels_last(dy))):
+        y, moments = cpu.forward(laid, affine)
+        alone = cpu.stats(laid)
+        torch.testing.assert_close((alone.mean, alone.var), (moments.mean, moments.var), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(cpu.apply(laid, moments, affine), y)
+        whole = cpu.backward(gradient, laid, moments, affine, is_estimated=True)
+        sums = cpu.backward_reduce(gradient, laid, moments, affine)
+        torch.testing.assert_close(sums.dz.float(), whole.sums.dz, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sums.dz_xhat.float(), whole.sums.dz_xhat, rtol=1e-5, atol=1e-4)
+        dx, _ = cpu.backward_apply(gradient, laid, moments, affine, sums=sums)
+        torch.testing.assert_close(dx, whole.x, rtol=1e-5, atol=1e-5)
