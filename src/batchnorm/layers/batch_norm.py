@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from batchnorm.errors import ArgumentError, ShapeError
-from batchnorm.functional import batch_norm, check_activation
+from batchnorm.functional import batch_norm
+from batchnorm.kernels.checks import check_activation
 from batchnorm.kernels.contract import Activation, Affine, Statistics
 from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
 from batchnorm.layers.precision import widened

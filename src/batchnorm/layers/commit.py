@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from batchnorm.errors import StatisticsWarning
-from batchnorm.functional import can_read
 from batchnorm.kernels.dispatch import update_running
+from batchnorm.kernels.transforms import can_read
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running, cumulative, exponential
 
