@@ -8,12 +8,12 @@ import numpy as np
 import torch
 import torch.utils._pytree
 
-from batchnorm.kernels import operations
+from batchnorm.kernels import direct, operations
 from batchnorm.kernels.arrays import moments_to_arrays, statistics_to_tensors, to_tensor
 from batchnorm.kernels.autograd import Normalise, Work
-from batchnorm.kernels.checks import ACTIVATIONS, checked_view
-from batchnorm.kernels.contract import Activation, Affine, Backend, Statistics
-from batchnorm.kernels.dispatch import backend_at_once, backend_for, backend_now
+from batchnorm.kernels.checks import checked_view
+from batchnorm.kernels.contract import Activation, Affine, Statistics
+from batchnorm.kernels.dispatch import backend_for, backend_now
 from batchnorm.kernels.transforms import must_look_inside
 from batchnorm.kernels.view import View, flat, in_memory_format, reshaped
 from batchnorm.stats.distributed import Ranks
@@ -89,34 +89,23 @@ def batch_norm(
     if isinstance(x, np.ndarray):
         return _of_arrays(x, weight, bias, moments, eps, channel_axis, mask, activation, residual)
     looks_inside = must_look_inside()
-    backend: Backend | None = None
-    mask3: torch.Tensor | None = None
-    is_known = activation is None or activation in ACTIVATIONS
-    if not looks_inside and mask is None and channel_axis == 1 and eps >= 0 and is_known:
-        backend = backend_at_once(x, weight, bias, residual, moments)
-    if backend is not None:
-        view = View(x.shape, (1,))
-    else:
-        view = checked_view(
-            x,
-            weight,
-            bias,
-            residual,
-            moments=moments,
-            eps=eps,
-            channel_axis=channel_axis,
-            mask=mask,
-            activation=activation,
-        )
-        mask3 = None if mask is None else view.fold_mask(mask)
-        if mask3 is not None:
-            x = _without_garbage(x, mask3, view)
-            residual = None if residual is None else _without_garbage(residual, mask3, view)
-    if looks_inside or (moments is not None and _answers_to_gradient(moments)):
+    is_constant = moments is None or not _answers_to_gradient(moments)
+    if not looks_inside and is_constant and mask is None and ranks is None and channel_axis == 1:
+        found = direct.batch_norm(x, weight, bias, residual, eps, activation, moments)
+        if found is not None:
+            return found
+    view = checked_view(
+        x, weight, bias, residual, moments=moments, eps=eps, channel_axis=channel_axis, mask=mask, activation=activation
+    )
+    mask3 = None if mask is None else view.fold_mask(mask)
+    if mask3 is not None:
+        x = _without_garbage(x, mask3, view)
+        residual = None if residual is None else _without_garbage(residual, mask3, view)
+    if looks_inside or not is_constant:
         affine = Affine(flat(weight), flat(bias), eps, activation)
         y, used = operations.normalise(x, affine, residual, view=view, mask=mask3, given=moments, ranks=ranks)
         return in_memory_format(y, view), used
-    work = Work(view, backend or backend_for(x), mask3 if moments is None else None, moments, eps, activation, ranks)
+    work = Work(view, backend_for(x), mask3 if moments is None else None, moments, eps, activation, ranks)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
@@ -183,4 +172,4 @@ def _without_garbage(x: torch.Tensor, mask: torch.Tensor, view: View) -> torch.T
 
 
 def _answers_to_gradient(moments: Statistics) -> bool:
-    return torch.is_grad_enabled() and bool(moments.mean.requires_grad or moments.var.requires_grad)
+    return torch.is_grad_enabled() and any(getattr(s, "requires_grad", False) for s in (moments.mean, moments.var))

@@ -42,13 +42,60 @@ def backward(
     threads: int,
     /,
 ) -> bool: ...
-def is_ordinary(
+
+class Pass:
+    """What backward needs of a forward pass besides its tensors: csrc/pass.hpp."""
+
+    count: int
+    eps: float
+    is_estimated: bool
+    is_taken: bool
+    def write(self, mean: torch.Tensor, var: torch.Tensor, /) -> None: ...
+
+def train(
     x: torch.Tensor,
+    y: torch.Tensor,
+    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
     mean: torch.Tensor | None,
     var: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    tracked: torch.Tensor | None,
+    momentum: float,
+    eps: float,
+    activation: int,
+    features: int,
+    threads: int,
+    /,
+) -> Pass | None: ...
+def infer(
+    x: torch.Tensor,
+    y: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    activation: int,
+    features: int,
+    threads: int,
+    /,
+) -> Pass | None: ...
+def differentiate(
+    done: Pass,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dx: torch.Tensor | None,
+    dresidual: torch.Tensor | None,
+    dweight: torch.Tensor | None,
+    dbias: torch.Tensor | None,
+    threads: int,
     /,
 ) -> bool: ...
 def update_running(

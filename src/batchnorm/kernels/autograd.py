@@ -73,16 +73,13 @@ class Work:
         dy: torch.Tensor,
         inputs: tuple[torch.Tensor | None, ...],
         wanted: tuple[bool, ...],
-        *,
-        has_residual: bool,
     ) -> tuple[torch.Tensor | None, ...]:
         """The gradients of x, weight, bias and residual, those that are wanted.
 
         Args:
             dy: gradient of the output.
-            inputs: x, weight, bias and residual; without an activation the residual need not be kept.
+            inputs: x, weight, bias and residual; without an activation the residual is not kept: its gradient is dy.
             wanted: for which of them.
-            has_residual: whether there was one.
         """
         x, weight, bias, residual = inputs
         assert x is not None
@@ -100,7 +97,7 @@ class Work:
         backend, mask, is_estimated = self.backend, self.mask, self.given is None
         affine = self._affine(weight, bias)
         dy3, x3 = cast(torch.Tensor, self._fold(dy)), cast(torch.Tensor, self._fold(x))
-        residual3 = dy3 if has_residual and residual is None else self._fold(residual)
+        residual3 = self._fold(residual)
         dx = dresidual = sums = None
         needs_sums = for_weight or for_bias or (for_x and is_estimated)
         if for_x and needs_sums and self.ranks is None:
@@ -110,7 +107,7 @@ class Work:
         else:
             if needs_sums:
                 sums = backend.backward_reduce(dy3, x3, self.folded, affine, residual3)
-            if for_x or for_residual:
+            if for_x or (for_residual and residual is not None):
                 # Over all ranks: mean and variance are those of all. Where only the residual asks, it needs no sums.
                 answer = _over_ranks(sums, self.ranks) if for_x and is_estimated else None
                 dx, dresidual = backend.backward_apply(
@@ -120,7 +117,7 @@ class Work:
             self._unfold(dx) if for_x else None,
             _like(sums.dz_xhat, weight) if sums is not None and weight is not None and for_weight else None,
             _like(sums.dz, bias) if sums is not None and bias is not None and for_bias else None,
-            self._unfold(dresidual) if for_residual else None,
+            (dy if residual is None else self._unfold(dresidual)) if for_residual else None,
         )
 
     def _set_backend(self, backend: Backend) -> None:
@@ -153,7 +150,7 @@ class Normalise(torch.autograd.Function):
         y = work.forward(x, weight, bias, residual)
         # Without an activation the residual's value plays no part in backward, only its place.
         ctx.save_for_backward(x, weight, bias, residual if work.activation is not None else None)
-        ctx.work, ctx.has_residual = work, residual is not None
+        ctx.work = work
         work.keep_statistics()
         return y
 
@@ -161,7 +158,7 @@ class Normalise(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         """See `Work.backward`."""
         wanted = ctx.needs_input_grad[:4]
-        return (*ctx.work.backward(dy, ctx.saved_tensors, wanted, has_residual=ctx.has_residual), None)
+        return (*ctx.work.backward(dy, ctx.saved_tensors, wanted), None)
 
 
 def _over_ranks(sums: BackwardSums | None, ranks: Ranks | None) -> BackwardSums | None:

@@ -19,10 +19,10 @@ from batchnorm.stats.running import Running
 folds = True
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_WIDE = (torch.float64, torch.float32)
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+WIDE = (torch.float64, torch.float32)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
-_ACTIVATIONS: dict[Activation | None, int] = {
+ACTIVATIONS: dict[Activation | None, int] = {
     None: 0,
     "relu": 1,
     "leaky_relu": 2,
@@ -45,7 +45,7 @@ def can_take(x: torch.Tensor) -> bool:
     return bool(
         x.is_cpu
         and x.dtype in _DTYPES
-        and type(x) in _PLAIN_TENSORS  # subclasses and fake tensors have meanings of their own
+        and type(x) in PLAIN_TENSORS  # subclasses and fake tensors have meanings of their own
         and torch._C._len_torch_dispatch_stack() == 0
         and x.layout is torch.strided
         and not x.is_neg()
@@ -53,41 +53,19 @@ def can_take(x: torch.Tensor) -> bool:
     )
 
 
-def is_ordinary(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    statistics: Statistics | None,
-) -> bool:
-    """Whether these are right and common, found out in the core within a fraction of a microsecond.
-
-    False tells nothing: the public door's own checks then say what is wrong, or that it is only rare.
-    """
-    for tensor in (weight, bias, residual):
-        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
-            return False
-    if statistics is None:
-        return can_take(x) and _cpu.is_ordinary(x, weight, bias, residual, None, None)
-    mean, var = statistics.mean, statistics.var
-    if type(mean) is not torch.Tensor or type(var) is not torch.Tensor or not (mean.is_cpu and var.is_cpu):
-        return False
-    return can_take(x) and _cpu.is_ordinary(x, weight, bias, residual, mean, var)
-
-
 def forward(
     x: torch.Tensor, affine: Affine, residual: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Moments]:
     """See `contract.Backend.forward`; x may be (N, C, ...)."""
-    y = _new_like(x)
-    mean, var = _new_statistics(x)
+    y = new_like(x)
+    mean, var = new_statistics(x)
     count = _forward(x, y, residual, mask, mean, var, affine, True)
     return y, Moments(mean, var, count)
 
 
 def stats(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
     """See `contract.Backend.stats`."""
-    mean, var = _new_statistics(x)
+    mean, var = new_statistics(x)
     return Moments(mean, var, _forward(x, None, None, mask, mean, var, _NOTHING, True))
 
 
@@ -95,7 +73,7 @@ def apply(
     x: torch.Tensor, statistics: Statistics, affine: Affine, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `contract.Backend.apply`."""
-    y = _new_like(x)
+    y = new_like(x)
     _forward(x, y, residual, None, _wide(statistics.mean), _wide(statistics.var), affine, False)
     return y
 
@@ -111,10 +89,10 @@ def backward(
     mask: torch.Tensor | None = None,
 ) -> Gradients:
     """See `contract.Backend.backward`; the sums have the dtype of the weight where that is float32 or float64."""
-    dx = _new_like(x)
-    dresidual = None if residual is None else _new_like(x)
+    dx = new_like(x)
+    dresidual = None if residual is None else new_like(x)
     weight = affine.weight
-    if weight is not None and weight.dtype in _WIDE:
+    if weight is not None and weight.dtype in WIDE:
         sums = BackwardSums(torch.empty_like(weight), torch.empty_like(weight))
     else:
         sums = _new_sums(x, torch.float64)
@@ -142,8 +120,8 @@ def backward_apply(
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `contract.Backend.backward_apply`."""
-    dx = _new_like(x)
-    dresidual = None if residual is None else _new_like(x)
+    dx = new_like(x)
+    dresidual = None if residual is None else new_like(x)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, False, sums is not None)
     return dx, dresidual
 
@@ -163,7 +141,7 @@ def update_running(
         momentum: weight of the new value, or None.
     """
     mean, var = running
-    if type(batch.count) is not int or mean.dtype not in _WIDE or mean.dtype != var.dtype or mean.ndim != 1:
+    if type(batch.count) is not int or mean.dtype not in WIDE or mean.dtype != var.dtype or mean.ndim != 1:
         return None
     state = (mean, var) if tracked is None else (mean, var, tracked)
     for tensor in state:
@@ -206,11 +184,11 @@ def limit_pool(megabytes: int) -> None:
     _cpu.limit_pool(megabytes << 20)
 
 
-def _new_like(x: torch.Tensor) -> torch.Tensor:
+def new_like(x: torch.Tensor) -> torch.Tensor:
     """An output like x: torch.empty_like, or a recycled buffer where pages would have to be mapped afresh."""
     if x.nbytes >= POOLED_BYTES and _cpu.pool_state()[0] > 0:
         dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        pooled = _cpu.pooled_like(x) if dense and type(x) in _PLAIN_TENSORS else None
+        pooled = _cpu.pooled_like(x) if dense and type(x) in PLAIN_TENSORS else None
         if pooled is not None:
             return pooled
     return torch.empty_like(x)
@@ -223,7 +201,8 @@ _prototypes: dict[int, torch.Tensor] = {}
 """One (C,) float64 tensor for each C that was met: torch.empty_like of one is faster than torch.empty."""
 
 
-def _new_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def new_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance to write, (C,) float64."""
     channels = x.shape[1]
     like = _prototypes.get(channels)
     if like is None:
@@ -248,7 +227,7 @@ def _forward(
 ) -> Any:
     """Runs the core and returns the count as Moments hold it: an int, or a tensor where a mask decides."""
     weight, bias, eps, activation = affine
-    which, threads, maps = _ACTIVATIONS[activation], torch.get_num_threads(), y is not None
+    which, threads, maps = ACTIVATIONS[activation], torch.get_num_threads(), y is not None
     count = _cpu.forward(x, y, residual, mask, weight, bias, mean, var, eps, which, reduces, maps, threads)
     if count < 0:  # strides that the core does not know
         whole = None if y is None else torch.empty(x.shape, dtype=x.dtype)
@@ -279,7 +258,7 @@ def _backward(
     mean, var = _wide(statistics.mean), _wide(statistics.var)
     rest = (
         eps,
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         *((None, None) if sums is None else sums),
         _count(statistics) if is_estimated else -1,
         reduces,
@@ -312,7 +291,7 @@ def _count(statistics: Statistics) -> int:
 
 
 def _wide(statistic: torch.Tensor) -> torch.Tensor:
-    return statistic if statistic.dtype in _WIDE else statistic.float()
+    return statistic if statistic.dtype in WIDE else statistic.float()
 
 
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:

@@ -6,13 +6,14 @@ The environment variable BATCHNORM_BACKEND ("auto", "cpu" or "reference") says s
 from __future__ import annotations
 
 import os
+from types import ModuleType
 from typing import Literal, cast, get_args
 
 import torch
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Backend, Core, Statistics
+from batchnorm.kernels.contract import Backend, Core
 from batchnorm.kernels.transforms import must_look_inside
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
@@ -20,7 +21,7 @@ from batchnorm.stats.running import Running
 BackendName = Literal["auto", "cpu", "reference"]
 
 try:
-    from batchnorm.kernels import cpu
+    from batchnorm.kernels import cpu, passes
 except ImportError as error:
     _cpu: Backend | None = None
     _why_no_cpu = str(error)
@@ -30,6 +31,7 @@ else:
 
 _reference = cast(Backend, reference)
 _name: BackendName = "auto"
+_passes: ModuleType | None = None
 
 
 def backend_for(x: torch.Tensor) -> Backend:
@@ -55,20 +57,9 @@ def backend_now(x: torch.Tensor) -> Backend:
     return _reference if must_look_inside() else backend_for(x)
 
 
-def backend_at_once(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    statistics: Statistics | None,
-) -> Backend | None:
-    """`backend_for(x)` where that vouches for these (N, C, ...) operands: right, and taken as they are.
-
-    None where nobody does: the operands must be checked.
-    """
-    if _cpu is None or _name == "reference" or not isinstance(x, torch.Tensor):
-        return None
-    return _cpu if cpu.is_ordinary(x, weight, bias, residual, statistics) else None
+def passes_in_use() -> ModuleType | None:
+    """The backend's whole passes in one call, `kernels.passes`; None where it is not there or not chosen."""
+    return _passes
 
 
 def update_running(
@@ -89,7 +80,7 @@ def set_backend(name: BackendName) -> None:
     Raises:
         ArgumentError: there is none of that name, or it cannot run here.
     """
-    global _name
+    global _name, _passes
     if name not in get_args(BackendName):
         raise ArgumentError(f"backend must be one of {', '.join(get_args(BackendName))}; got {name!r}.")
     if name == "cpu" and _cpu is None:
@@ -97,6 +88,7 @@ def set_backend(name: BackendName) -> None:
             f"the CPU backend is not there ({_why_no_cpu}): install a C++17 compiler and install batchnorm again."
         )
     _name = name
+    _passes = None if name == "reference" or _cpu is None else passes
 
 
 def cpu_core() -> Core:

@@ -11,8 +11,10 @@ from torch.fx import Proxy
 
 from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.functional import batch_norm
+from batchnorm.kernels import direct
 from batchnorm.kernels.checks import check_activation
 from batchnorm.kernels.contract import Activation, Affine, Statistics
+from batchnorm.kernels.transforms import must_look_inside
 from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
 from batchnorm.layers.precision import widened
 from batchnorm.layers.shapes import check_channels
@@ -62,9 +64,21 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """
 
     ranks: ClassVar[tuple[int, ...] | None] = None
+    # Whether what a class does is what BatchNorm does: in evaluation; and in training, a batch by itself.
+    _evaluates_plainly: ClassVar[bool] = True
+    _trains_plainly: ClassVar[bool] = True
     num_features: int | tuple[int, ...]  # type: ignore[assignment]
     channel_axis: int | tuple[int, ...]
     activation: Activation | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+        def inherits(*names: str) -> bool:
+            return all(getattr(cls, name) is getattr(BatchNorm, name) for name in names)
+
+        cls._evaluates_plainly = inherits("_normalise", "_check_input_dim")
+        cls._trains_plainly = cls._evaluates_plainly and inherits("_by_batch", "_commit")
 
     def __init__(
         self,
@@ -113,6 +127,10 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             ShapeError: wrong rank or number of channels, a mask that does not fit, or one value a channel in training.
             DtypeError: the input is no float tensor, or its dtype does not go with the parameters'.
         """
+        if mask is None and not must_look_inside():
+            y = self._directly(input, residual)
+            if y is not None:
+                return y
         if isinstance(input, Proxy):
             return as_one_node(self, input, residual, mask)
         if not is_traced():  # there sizes are tensors, and looking at one warns
@@ -128,6 +146,34 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if self.training and self.track_running_stats:
             self._commit(moments)
         return y
+
+    def _directly(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """What `forward` gives, in one call of the core; None, and nothing done, where that is not the way.
+
+        Small inputs are why: a look at a parameter through torch.nn.Module costs as much as their arithmetic.
+        """
+        if type(input) is not Tensor or self.channel_axis != 1 or (self.ranks and input.dim() not in self.ranks):
+            return None
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:  # a parametrization has put something else in place
+            return None
+        features = cast(int, self.num_features)
+        if not self.training and mean is not None and var is not None and self._evaluates_plainly:
+            return direct.infer(input, weight, bias, residual, self.eps, self.activation, features, mean, var)
+        if not self._trains_plainly or self._stage is not None:
+            return None
+        if not (self.training and self.track_running_stats) or mean is None or var is None or is_recomputed():
+            mean = var = tracked = None
+        state, momentum = (mean, var, tracked), self.momentum
+        found = direct.train(input, weight, bias, residual, self.eps, self.activation, features, state, momentum)
+        if found is None:
+            return None
+        if not found[1]:
+            warn_once(self)
+        return found[0]
 
     def _by_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
         """The output, and the Moments to commit, where the batch's own statistics count."""
