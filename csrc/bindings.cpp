@@ -18,6 +18,7 @@
 #include "select.hpp"
 #include "tensor.hpp"
 #include "tiling.hpp"
+#include "torch.hpp"
 
 namespace nb = nanobind;
 using namespace batchnorm;
@@ -250,13 +251,15 @@ NB_MODULE(_cpu, m) {
       .def_ro("is_estimated", &Pass::is_estimated)
       .def_ro("is_taken", &Pass::is_taken)
       .def("write", &Pass::write, T("mean"), T("var"));
-  m.def("train", &train, T("x"), T("y"), T("residual"), T("weight"), T("bias"), T("mean"), T("var"), T("running_mean"),
-        T("running_var"), T("tracked"), nb::arg("momentum"), nb::arg("eps"), nb::arg("activation"), nb::arg("features"),
-        nb::arg("threads"));
-  m.def("infer", &infer, T("x"), T("y"), T("residual"), T("weight"), T("bias"), T("mean"), T("var"), nb::arg("eps"),
-        nb::arg("activation"), nb::arg("features"), nb::arg("threads"));
-  m.def("differentiate", &differentiate, nb::arg("done"), T("dy"), T("x"), T("residual"), T("weight"), T("bias"),
-        T("dx"), T("dresidual"), T("dweight"), T("dbias"), nb::arg("threads"));
+  m.def("train", &train, T("x"), T("weight"), T("bias"), T("residual"), nb::arg("eps"), nb::arg("activation"),
+        nb::arg("features"), nb::arg("threads"), T("mean"), T("var"), T("running_mean"), T("running_var"), T("tracked"),
+        nb::arg("momentum"));
+  m.def("infer", &infer, T("x"), T("weight"), T("bias"), T("residual"), nb::arg("eps"), nb::arg("activation"),
+        nb::arg("features"), nb::arg("threads"), T("mean"), T("var"), T("out"));
+  m.def("differentiate", &differentiate, nb::arg("done"), T("dy"), T("x"), T("weight"), T("bias"), T("residual"),
+        nb::arg("wanted"), nb::arg("threads"));
+  m.def("set_torch", &set_torch, nb::arg("tensor"), nb::arg("parameter"), nb::arg("empty_like"), nb::arg("is_neg"),
+        nb::arg("is_batched"), nb::arg("new_large"), nb::arg("large"));
   m.def("update_running", &update_running, T("running_mean"), T("running_var"), T("tracked"), T("mean"), T("var"),
         nb::arg("count"), nb::arg("momentum"));
   m.def("pooled_like", &pooled_like, nb::arg("x"));

@@ -5,6 +5,7 @@
 #include "running.hpp"
 #include "select.hpp"
 #include "tensor.hpp"
+#include "torch.hpp"
 
 namespace nb = nanobind;
 
@@ -19,6 +20,7 @@ void expect(bool holds) {
 }
 
 TensorView seen(nb::handle tensor) {
+  expect(is_tensor(tensor));
   try {
     return view_of(tensor);
   } catch (const nb::python_error&) {
@@ -26,6 +28,14 @@ TensorView seen(nb::handle tensor) {
   } catch (const nb::builtin_exception&) {
     throw NotOrdinary();  // not in the memory of the CPU
   }
+}
+
+// An operand like x; no data where it is None.
+TensorView seen_operand(nb::handle tensor) {
+  if (tensor.is_none()) return {};
+  const TensorView view = seen(tensor);
+  expect(is_literal(tensor));
+  return view;
 }
 
 bool is_like(const TensorView& x, const TensorView& other) {
@@ -95,17 +105,22 @@ void prepare(Call& call, const TensorView* const* views, Operand* const* operand
   call.threads = threads;
 }
 
-void prepare_forward(Call& call, nb::handle x, nb::handle y, nb::handle residual, nb::handle weight, nb::handle bias,
-                     Pass& pass, int64_t features, int threads) {
-  const TensorView vx = seen(x), vy = seen(y), vr = residual.is_none() ? TensorView() : seen(residual);
+// The output, after everything but the statistics of the call is in place.
+nb::object prepare_forward(Call& call, nb::handle x, nb::handle out, nb::handle residual, nb::handle weight,
+                           nb::handle bias, Pass& pass, int64_t features, int threads) {
+  const TensorView vx = seen_operand(x), vr = seen_operand(residual);
+  expect(vx.is_float() && vx.ndim >= 2 && (features < 0 || features == vx.shape[1]));
+  nb::object y = out.is_none() ? empty_like(x, vx) : nb::borrow(out);
+  const TensorView vy = seen(y);
+  expect(has_memory_format(vy));
   const TensorView* const views[] = {&vx, &vy, &vr};
   Operand* const operands[] = {&call.x, &call.y, &call.residual};
   prepare(call, views, operands, 3, pass, weight, bias, threads);
-  expect(has_memory_format(vy) && (features < 0 || features == call.C));
   pass.statistics.resize(static_cast<size_t>(2 * call.C));
   call.mean = pass.mean();
   call.var = pass.var();
   call.count = pass.count = call.N * call.L;
+  return y;
 }
 
 // Other Python threads may run meanwhile, where that is worth its price.
@@ -132,12 +147,12 @@ void Pass::write(nb::handle mean, nb::handle var) {
   copy(this->var(), channels(), to_var);
 }
 
-nb::object train(nb::handle x, nb::handle y, nb::handle residual, nb::handle weight, nb::handle bias, nb::handle mean,
-                 nb::handle var, nb::handle running_mean, nb::handle running_var, nb::handle tracked, double momentum,
-                 double eps, int activation, int64_t features, int threads) try {
+nb::object train(nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual, double eps, int activation,
+                 int64_t features, int threads, nb::handle mean, nb::handle var, nb::handle running_mean,
+                 nb::handle running_var, nb::handle tracked, double momentum) try {
   Pass pass = begun(eps, activation, true);
   Call call;
-  prepare_forward(call, x, y, residual, weight, bias, pass, features, threads);
+  nb::object y = prepare_forward(call, x, nb::none(), residual, weight, bias, pass, features, threads);
   expect(call.count > 1);
   Parameter to_mean, to_var, into_mean, into_var;
   if (!mean.is_none()) {
@@ -162,37 +177,46 @@ nb::object train(nb::handle x, nb::handle y, nb::handle residual, nb::handle wei
   }
   if (into_mean.data)
     pass.is_taken = take_in(into_mean, into_var, batches, call.mean, call.var, call.C, call.count, momentum);
-  return nb::cast(std::move(pass));
+  return nb::make_tuple(y, std::move(pass));
 } catch (const NotOrdinary&) {
   return nb::none();
 }
 
-nb::object infer(nb::handle x, nb::handle y, nb::handle residual, nb::handle weight, nb::handle bias, nb::handle mean,
-                 nb::handle var, double eps, int activation, int64_t features, int threads) try {
+nb::object infer(nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual, double eps, int activation,
+                 int64_t features, int threads, nb::handle mean, nb::handle var, nb::handle out) try {
   Pass pass = begun(eps, activation, false);
   Call call;
-  prepare_forward(call, x, y, residual, weight, bias, pass, features, threads);
+  nb::object y = prepare_forward(call, x, out, residual, weight, bias, pass, features, threads);
   copy(statistic(mean, call.C), call.C, call.mean);
   copy(statistic(var, call.C), call.C, call.var);
   call.reduces = false;
   run(kernels().forward, call);
-  return nb::cast(std::move(pass));
+  return nb::make_tuple(y, std::move(pass));
 } catch (const NotOrdinary&) {
   return nb::none();
 }
 
-bool differentiate(Pass& pass, nb::handle dy, nb::handle x, nb::handle residual, nb::handle weight, nb::handle bias,
-                   nb::handle dx, nb::handle dresidual, nb::handle dweight, nb::handle dbias, int threads) try {
+nb::object differentiate(Pass& pass, nb::handle dy, nb::handle x, nb::handle weight, nb::handle bias,
+                         nb::handle residual, nb::tuple wanted, int threads) try {
+  const auto is_wanted = [&](int i) { return nb::handle(wanted[i]).is(Py_True); };
+  nb::object dx = nb::none(), dweight = nb::none(), dbias = nb::none(), dresidual = nb::none();
+  const TensorView vx = seen_operand(x), vdy = seen_operand(dy), vr = seen_operand(residual);
+  expect(vx.data && vdy.data);
+  TensorView vdx, vdr;
+  if (is_wanted(0)) vdx = seen(dx = empty_like(x, vx));
+  if (is_wanted(3)) {
+    if (residual.is_none()) dresidual = nb::borrow(dy);
+    else vdr = seen(dresidual = empty_like(x, vx));
+  }
   Call call;
-  const TensorView vx = seen(x), vdy = seen(dy), vr = residual.is_none() ? TensorView() : seen(residual);
-  const TensorView vdx = dx.is_none() ? TensorView() : seen(dx);
-  const TensorView vdr = dresidual.is_none() ? TensorView() : seen(dresidual);
   const TensorView* const views[] = {&vx, &vdy, &vr, &vdx, &vdr};
   Operand* const operands[] = {&call.x, &call.dy, &call.residual, &call.dx, &call.dresidual};
   prepare(call, views, operands, 5, pass, weight, bias, threads);
-  expect(vdy.data && call.C == pass.channels() && call.N * call.L == pass.count);
-  const Parameter to_weight = dweight.is_none() ? Parameter() : statistic(dweight, call.C);
-  const Parameter to_bias = dbias.is_none() ? Parameter() : statistic(dbias, call.C);
+  expect(call.C == pass.channels() && call.N * call.L == pass.count);
+  Parameter to_weight, to_bias;
+  // In half precision a sum is not written: that is left to the general way.
+  if (is_wanted(1)) to_weight = statistic(dweight = empty_like(weight, seen(weight)), call.C);
+  if (is_wanted(2)) to_bias = statistic(dbias = empty_like(bias, seen(bias)), call.C);
   call.mean = pass.mean();
   call.var = pass.var();
   call.count = pass.count;
@@ -202,12 +226,12 @@ bool differentiate(Pass& pass, nb::handle dy, nb::handle x, nb::handle residual,
   std::vector<double> sums(static_cast<size_t>(2 * call.C), 0.0);
   call.sum_dz = sums.data();
   call.sum_dz_xhat = sums.data() + call.C;
-  run(kernels().backward, call);
+  if (call.maps || call.reduces) run(kernels().backward, call);
   if (to_weight.data) copy(call.sum_dz_xhat, call.C, to_weight);
   if (to_bias.data) copy(call.sum_dz, call.C, to_bias);
-  return true;
+  return nb::make_tuple(dx, dweight, dbias, dresidual, nb::none(), nb::none());
 } catch (const NotOrdinary&) {
-  return false;
+  return nb::none();
 }
 
 }  // namespace batchnorm

@@ -27,24 +27,25 @@ struct Pass {
   void write(nanobind::handle mean, nanobind::handle var);
 };
 
-// Training: y from x with its own statistics, which also enter the running ones. None, and nothing done, unless all is
-// ordinary: float x (N, C, ...) with a layout that the core knows and more than one value a channel, `features` channels
-// (-1: any number), y contiguous or channels-last, operands of fitting shapes and dtypes.
-// mean, var: (C,) float64, written, or None. running_mean, running_var, tracked: as in running.hpp, or None.
-nanobind::object train(nanobind::handle x, nanobind::handle y, nanobind::handle residual, nanobind::handle weight,
-                       nanobind::handle bias, nanobind::handle mean, nanobind::handle var,
-                       nanobind::handle running_mean, nanobind::handle running_var, nanobind::handle tracked,
-                       double momentum, double eps, int activation, int64_t features, int threads);
+// All three return None, with nothing done, unless all is ordinary: plain float tensors x (N, C, ...) in the CPU's memory
+// with a layout that the core knows, an output that is contiguous or channels-last, operands of fitting shapes and dtypes.
 
-// Inference: y from x with mean and var, (C,) float32 or float64; else as `train`. y may be x.
-nanobind::object infer(nanobind::handle x, nanobind::handle y, nanobind::handle residual, nanobind::handle weight,
-                       nanobind::handle bias, nanobind::handle mean, nanobind::handle var, double eps, int activation,
-                       int64_t features, int threads);
+// Training: (y, Pass); y from x with its own statistics, which also enter the running ones. More than one value a
+// channel; `features` channels, or any number with -1. mean, var: (C,), float32 or float64, written, or None.
+// running_mean, running_var, tracked, momentum: as in running.hpp, or None.
+nanobind::object train(nanobind::handle x, nanobind::handle weight, nanobind::handle bias, nanobind::handle residual,
+                       double eps, int activation, int64_t features, int threads, nanobind::handle mean,
+                       nanobind::handle var, nanobind::handle running_mean, nanobind::handle running_var,
+                       nanobind::handle tracked, double momentum);
 
-// The gradients, as far as there is room for them: dx and dresidual like x, dweight and dbias (C,) float32 or float64.
-// False, and nothing done, unless all is ordinary. The residual is read only where there is an activation.
-bool differentiate(Pass& pass, nanobind::handle dy, nanobind::handle x, nanobind::handle residual,
-                   nanobind::handle weight, nanobind::handle bias, nanobind::handle dx, nanobind::handle dresidual,
-                   nanobind::handle dweight, nanobind::handle dbias, int threads);
+// Inference: (y, Pass); y from x with mean and var, (C,), float32 or float64. `out`, or None: where y is written; may be x.
+nanobind::object infer(nanobind::handle x, nanobind::handle weight, nanobind::handle bias, nanobind::handle residual,
+                       double eps, int activation, int64_t features, int threads, nanobind::handle mean,
+                       nanobind::handle var, nanobind::handle out);
+
+// The gradients of x, weight, bias and residual, those that are wanted, and None twice for what has no gradient. Without an activation
+// the residual is None, as it plays no part, and its gradient is dy.
+nanobind::object differentiate(Pass& pass, nanobind::handle dy, nanobind::handle x, nanobind::handle weight,
+                               nanobind::handle bias, nanobind::handle residual, nanobind::tuple wanted, int threads);
 
 }  // namespace batchnorm

@@ -1,5 +1,6 @@
 """The compiled core: csrc/bindings.cpp. Python code uses it through batchnorm.kernels.cpu."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,50 +55,56 @@ class Pass:
 
 def train(
     x: torch.Tensor,
-    y: torch.Tensor,
-    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: int,
+    features: int,
+    threads: int,
     mean: torch.Tensor | None,
     var: torch.Tensor | None,
     running_mean: torch.Tensor | None,
     running_var: torch.Tensor | None,
     tracked: torch.Tensor | None,
     momentum: float,
-    eps: float,
-    activation: int,
-    features: int,
-    threads: int,
     /,
-) -> Pass | None: ...
+) -> tuple[torch.Tensor, Pass] | None: ...
 def infer(
     x: torch.Tensor,
-    y: torch.Tensor,
-    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    mean: torch.Tensor,
-    var: torch.Tensor,
+    residual: torch.Tensor | None,
     eps: float,
     activation: int,
     features: int,
     threads: int,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    out: torch.Tensor | None,
     /,
-) -> Pass | None: ...
+) -> tuple[torch.Tensor, Pass] | None: ...
 def differentiate(
     done: Pass,
     dy: torch.Tensor,
     x: torch.Tensor,
-    residual: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
-    dx: torch.Tensor | None,
-    dresidual: torch.Tensor | None,
-    dweight: torch.Tensor | None,
-    dbias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    wanted: tuple[bool, ...],
     threads: int,
     /,
-) -> bool: ...
+) -> tuple[torch.Tensor | None, ...] | None: ...
+def set_torch(
+    tensor: type,
+    parameter: type,
+    empty_like: Callable[[torch.Tensor], torch.Tensor],
+    is_neg: Callable[[torch.Tensor], bool],
+    is_batched: Callable[[torch.Tensor], bool],
+    new_large: Callable[[torch.Tensor], torch.Tensor],
+    large: int,
+    /,
+) -> None: ...
 def update_running(
     running_mean: torch.Tensor,
     running_var: torch.Tensor,

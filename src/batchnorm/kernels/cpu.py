@@ -12,7 +12,7 @@ from typing import Any
 import torch  # before the core, which shares the OpenMP library that torch loads
 
 from batchnorm.kernels import _cpu
-from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Core, Gradients, Statistics
+from batchnorm.kernels.contract import ACTIVATION_CODES, Affine, BackwardSums, Core, Gradients, Statistics
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -21,16 +21,6 @@ folds = True
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 WIDE = (torch.float64, torch.float32)
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-
-ACTIVATIONS: dict[Activation | None, int] = {
-    None: 0,
-    "relu": 1,
-    "leaky_relu": 2,
-    "silu": 3,
-    "gelu": 4,
-    "sigmoid": 5,
-    "tanh": 6,
-}
 
 _cpu.set_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 if "BATCHNORM_CPU_ISA" in os.environ:
@@ -194,6 +184,16 @@ def new_like(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
+# What whole passes, kernels.direct, ask of torch.
+_cpu.set_torch(
+    *PLAIN_TENSORS,
+    torch.empty_like,
+    torch.Tensor.is_neg,
+    torch._C._functorch.is_legacy_batchedtensor,
+    new_like,
+    POOLED_BYTES,
+)
+
 _NOTHING = Affine(None, None, 0.0, None)
 
 
@@ -227,7 +227,7 @@ def _forward(
 ) -> Any:
     """Runs the core and returns the count as Moments hold it: an int, or a tensor where a mask decides."""
     weight, bias, eps, activation = affine
-    which, threads, maps = ACTIVATIONS[activation], torch.get_num_threads(), y is not None
+    which, threads, maps = ACTIVATION_CODES[activation], torch.get_num_threads(), y is not None
     count = _cpu.forward(x, y, residual, mask, weight, bias, mean, var, eps, which, reduces, maps, threads)
     if count < 0:  # strides that the core does not know
         whole = None if y is None else torch.empty(x.shape, dtype=x.dtype)
@@ -258,7 +258,7 @@ def _backward(
     mean, var = _wide(statistics.mean), _wide(statistics.var)
     rest = (
         eps,
-        ACTIVATIONS[activation],
+        ACTIVATION_CODES[activation],
         *((None, None) if sums is None else sums),
         _count(statistics) if is_estimated else -1,
         reduces,

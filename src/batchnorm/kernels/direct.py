@@ -1,50 +1,120 @@
-"""The direct way of the common case through the CPU core and into autograd's graph; see passes.py."""
+"""The direct way, for the common case: one call of the CPU core for a whole pass, and its node in autograd's graph.
+
+Plain tensors (N, C, ...) in the CPU's memory, no mask, no ranks, and nobody who looks inside. Small inputs are why:
+there each look at a tensor from Python costs as much as the arithmetic. So the core looks (csrc/pass.hpp), and where
+anything is wrong or rare, nothing was done and the answer is None: the general way then says what is wrong, or computes
+it.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
+from torch.autograd.graph import increment_version
 
 from batchnorm.kernels.autograd import Work
-from batchnorm.kernels.contract import Activation, Statistics
-from batchnorm.kernels.dispatch import backend_now, passes_in_use
+from batchnorm.kernels.contract import ACTIVATION_CODES, Activation, Statistics
+from batchnorm.kernels.dispatch import backend_now, core_in_use
 from batchnorm.kernels.transforms import must_look_inside
 from batchnorm.kernels.view import View
 from batchnorm.stats.moments import Moments
 
 if TYPE_CHECKING:
     from batchnorm.kernels._cpu import Pass
-    from batchnorm.kernels.passes import Buffers
+
+Parameter: TypeAlias = torch.Tensor | None
+"""weight or bias, (C,)."""
 
 
 def batch_norm(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Parameter,
+    bias: Parameter,
     residual: torch.Tensor | None,
     eps: float,
     activation: Activation | None,
     given: Statistics | None,
 ) -> tuple[torch.Tensor, Statistics] | None:
-    """What `functional.batch_norm` gives, or None where this is not the way; nobody may be looking inside.
-
-    Statistics that are given are constants.
-    """
-    passes = passes_in_use()
-    if passes is None:
+    """What `functional.batch_norm` gives; None where this is not the way. Given statistics are constants."""
+    if given is not None:
+        y = infer(x, weight, bias, residual, eps, activation, -1, given.mean, given.var)
+        return None if y is None else (y, given)
+    core = _core_for(x, activation)
+    if core is None or x.ndim < 2:
         return None
-    if given is None:
-        found = passes.normalise(x, weight, bias, residual, eps, activation)
-        return None if found is None else (_in_graph(x, weight, bias, residual, activation, *found[:2]), found[2])
-    done = passes.infer(x, weight, bias, residual, eps, activation, -1, given.mean, given.var)
-    return None if done is None else (_in_graph(x, weight, bias, residual, activation, *done), given)
+    mean, var = _new_statistics(x.shape[1])
+    code, threads = ACTIVATION_CODES[activation], torch.get_num_threads()
+    found = core.train(x, weight, bias, residual, eps, code, -1, threads, mean, var, None, None, None, 0.0)
+    if found is None:
+        return None
+    return _in_graph(x, weight, bias, residual, activation, found), Moments(mean, var, found[1].count)
+
+
+def train(
+    x: torch.Tensor,
+    weight: Parameter,
+    bias: Parameter,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    features: int,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    tracked: torch.Tensor | None,
+    momentum: float | None,
+) -> tuple[torch.Tensor, bool] | None:
+    """A layer's output in training; None where this is not the way.
+
+    Args:
+        x: activations, (N, C, ...).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        residual: like x, or None.
+        eps: added to the variance.
+        activation: fused.
+        features: C, of the layer.
+        mean: running mean, (C,), which the batch enters, in place; None for none.
+        var: running variance, likewise.
+        tracked: the scalar that counts batches, likewise.
+        momentum: weight of the new batch, or None for the plain average.
+
+    Returns:
+        y, and False where the batch was left out of the buffers, as it is not finite.
+    """
+    core = _core_for(x, activation)
+    if core is None:
+        return None
+    if mean is not None and mean.is_inference():
+        return None  # whether it may be written to is for torch to say
+    found = core.train(
+        x,
+        weight,
+        bias,
+        residual,
+        eps,
+        ACTIVATION_CODES[activation],
+        features,
+        torch.get_num_threads(),
+        None,
+        None,
+        mean,
+        var,
+        tracked,
+        -1.0 if momentum is None else momentum,
+    )
+    if found is None:
+        return None
+    if mean is not None and var is not None:
+        # Autograd finds out by this that a tensor it saved has changed.
+        increment_version((mean, var) if tracked is None else (mean, var, tracked))
+    return _in_graph(x, weight, bias, residual, activation, found), found[1].is_taken
 
 
 def infer(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Parameter,
+    bias: Parameter,
     residual: torch.Tensor | None,
     eps: float,
     activation: Activation | None,
@@ -52,51 +122,50 @@ def infer(
     mean: torch.Tensor,
     var: torch.Tensor,
 ) -> torch.Tensor | None:
-    """A layer's output in evaluation, or None where this is not the way; nobody may be looking inside."""
-    passes = passes_in_use()
-    if passes is None:
+    """The output with constant statistics, (C,) each; arguments as in `train`; -1 for any number of `features`."""
+    core = _core_for(x, activation)
+    if core is None:
         return None
-    done = passes.infer(x, weight, bias, residual, eps, activation, features, mean, var)
-    return None if done is None else _in_graph(x, weight, bias, residual, activation, *done)
+    code, threads = ACTIVATION_CODES[activation], torch.get_num_threads()
+    found = core.infer(x, weight, bias, residual, eps, code, features, threads, mean, var, None)
+    return None if found is None else _in_graph(x, weight, bias, residual, activation, found)
 
 
-def train(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    eps: float,
-    activation: Activation | None,
-    features: int,
-    buffers: Buffers,
-    momentum: float | None,
-) -> tuple[torch.Tensor, bool] | None:
-    """A layer's output in training, and whether all went well with the running statistics; None as in `infer`."""
-    passes = passes_in_use()
-    if passes is None:
-        return None
-    done = passes.train(x, weight, bias, residual, eps, activation, features, buffers, momentum)
-    return None if done is None else (_in_graph(x, weight, bias, residual, activation, *done), done[1].is_taken)
+def _core_for(x: torch.Tensor, activation: Activation | None) -> Any:
+    """The core, unless it is plain to see that it is not for x."""
+    if isinstance(x, torch.Tensor) and x.is_cpu and activation in ACTIVATION_CODES:
+        return None if torch._C._len_torch_dispatch_stack() else core_in_use()
+    return None
+
+
+_prototypes: dict[int, torch.Tensor] = {}
+"""One (C,) float64 tensor for each C that was met: torch.empty_like of one is faster than torch.empty."""
+
+
+def _new_statistics(channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    like = _prototypes.get(channels)
+    if like is None:
+        like = _prototypes[channels] = torch.empty(channels, dtype=torch.float64)
+    return torch.empty_like(like), torch.empty_like(like)
 
 
 def _in_graph(
     x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    weight: Parameter,
+    bias: Parameter,
     residual: torch.Tensor | None,
     activation: Activation | None,
-    y: torch.Tensor,
-    done: Pass,
+    found: tuple[torch.Tensor, Pass],
 ) -> torch.Tensor:
-    """`y` as a node of autograd's graph, where anything asks for a gradient."""
+    """The output as a node of autograd's graph, where anything asks for a gradient."""
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return _apply(x, weight, bias, residual, (y, done, activation))  # type: ignore[no-any-return, no-untyped-call]
-    return y
+        return cast(torch.Tensor, _apply(x, weight, bias, residual, activation, found))
+    return found[0]
 
 
 class Direct(torch.autograd.Function):
@@ -106,29 +175,32 @@ class Direct(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
+        weight: Parameter,
+        bias: Parameter,
         residual: torch.Tensor | None,
-        found: tuple[torch.Tensor, Pass, Activation | None],
+        activation: Activation | None,
+        found: tuple[torch.Tensor, Pass],
     ) -> torch.Tensor:
         """The output in `found`, which autograd does not know yet."""
-        y, ctx.done, ctx.activation = found
         # Without an activation the residual's value plays no part in backward, only its place.
-        ctx.save_for_backward(x, weight, bias, residual if ctx.activation is not None else None)
+        ctx.save_for_backward(x, weight, bias, residual if activation is not None else None)
+        ctx.activation = activation
+        y, ctx.done = found
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         """The gradients, by the core where it can."""
-        inputs = x, weight, bias, residual = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:4]
+        x, weight, bias, residual = inputs = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
         if not torch.is_grad_enabled() and not must_look_inside():
-            passes = passes_in_use()
-            if passes is not None:
-                found = passes.differentiate(ctx.done, dy, x, weight, bias, residual, wanted)
+            core = _core_for(dy, ctx.activation)
+            if core is not None:
+                threads = torch.get_num_threads()
+                found = core.differentiate(ctx.done, dy, x, weight, bias, residual, wanted, threads)
                 if found is not None:
-                    return (*found, None)
-        return (*_work(ctx.done, ctx.activation, dy, x).backward(dy, inputs, wanted), None)
+                    return found
+        return (*_work(ctx.done, ctx.activation, dy, x).backward(dy, inputs, wanted[:4]), None, None)
 
 
 def _work(done: Pass, activation: Activation | None, dy: torch.Tensor, x: torch.Tensor) -> Work:
@@ -144,4 +216,4 @@ def _work(done: Pass, activation: Activation | None, dy: torch.Tensor, x: torch.
 
 # Autograd's own apply in C++: torch.autograd.Function.apply first looks for torch.func's transforms, which nobody has
 # on who comes here.
-_apply = super(torch.autograd.Function, Direct).apply
+_apply: Any = super(torch.autograd.Function, Direct).apply

@@ -21,7 +21,8 @@ from batchnorm.stats.running import Running
 BackendName = Literal["auto", "cpu", "reference"]
 
 try:
-    from batchnorm.kernels import cpu, passes
+    from batchnorm.kernels import _cpu as core
+    from batchnorm.kernels import cpu
 except ImportError as error:
     _cpu: Backend | None = None
     _why_no_cpu = str(error)
@@ -31,7 +32,7 @@ else:
 
 _reference = cast(Backend, reference)
 _name: BackendName = "auto"
-_passes: ModuleType | None = None
+_core: ModuleType | None = None
 
 
 def backend_for(x: torch.Tensor) -> Backend:
@@ -57,9 +58,9 @@ def backend_now(x: torch.Tensor) -> Backend:
     return _reference if must_look_inside() else backend_for(x)
 
 
-def passes_in_use() -> ModuleType | None:
-    """The backend's whole passes in one call, `kernels.passes`; None where it is not there or not chosen."""
-    return _passes
+def core_in_use() -> ModuleType | None:
+    """The compiled core, whose whole passes `kernels.direct` calls; None where it is not there or not chosen."""
+    return _core
 
 
 def update_running(
@@ -80,7 +81,7 @@ def set_backend(name: BackendName) -> None:
     Raises:
         ArgumentError: there is none of that name, or it cannot run here.
     """
-    global _name, _passes
+    global _name, _core
     if name not in get_args(BackendName):
         raise ArgumentError(f"backend must be one of {', '.join(get_args(BackendName))}; got {name!r}.")
     if name == "cpu" and _cpu is None:
@@ -88,7 +89,7 @@ def set_backend(name: BackendName) -> None:
             f"the CPU backend is not there ({_why_no_cpu}): install a C++17 compiler and install batchnorm again."
         )
     _name = name
-    _passes = None if name == "reference" or _cpu is None else passes
+    _core = None if name == "reference" or _cpu is None else core
 
 
 def cpu_core() -> Core:

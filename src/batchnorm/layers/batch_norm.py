@@ -15,7 +15,7 @@ from batchnorm.kernels import direct
 from batchnorm.kernels.checks import check_activation
 from batchnorm.kernels.contract import Activation, Affine, Statistics
 from batchnorm.kernels.transforms import must_look_inside
-from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
+from batchnorm.layers.commit import Buffers, commit, is_recomputed, runs_in_backward, warn_once
 from batchnorm.layers.precision import widened
 from batchnorm.layers.shapes import check_channels
 from batchnorm.layers.stage import Stage, take
@@ -127,7 +127,7 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             ShapeError: wrong rank or number of channels, a mask that does not fit, or one value a channel in training.
             DtypeError: the input is no float tensor, or its dtype does not go with the parameters'.
         """
-        if mask is None and not must_look_inside():
+        if mask is None and type(input) is Tensor and not must_look_inside():
             y = self._directly(input, residual)
             if y is not None:
                 return y
@@ -152,7 +152,8 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
 
         Small inputs are why: a look at a parameter through torch.nn.Module costs as much as their arithmetic.
         """
-        if type(input) is not Tensor or self.channel_axis != 1 or (self.ranks and input.dim() not in self.ranks):
+        features = self.num_features
+        if self.channel_axis != 1 or type(features) is not int or (self.ranks and input.dim() not in self.ranks):
             return None
         parameters, buffers = self._parameters, self._buffers
         try:
@@ -160,15 +161,17 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         except KeyError:  # a parametrization has put something else in place
             return None
-        features = cast(int, self.num_features)
-        if not self.training and mean is not None and var is not None and self._evaluates_plainly:
+        if not self.training and mean is not None and var is not None:
+            if not self._evaluates_plainly:
+                return None
             return direct.infer(input, weight, bias, residual, self.eps, self.activation, features, mean, var)
         if not self._trains_plainly or self._stage is not None:
             return None
-        if not (self.training and self.track_running_stats) or mean is None or var is None or is_recomputed():
+        if not (self.training and self.track_running_stats) or mean is None or var is None or runs_in_backward():
             mean = var = tracked = None
-        state, momentum = (mean, var, tracked), self.momentum
-        found = direct.train(input, weight, bias, residual, self.eps, self.activation, features, state, momentum)
+        found = direct.train(
+            input, weight, bias, residual, self.eps, self.activation, features, mean, var, tracked, self.momentum
+        )
         if found is None:
             return None
         if not found[1]:
