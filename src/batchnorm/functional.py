@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.utils._pytree
 
-from batchnorm.kernels import direct, operations
+from batchnorm.kernels import direct, operations, operators
 from batchnorm.kernels.arrays import moments_to_arrays, statistics_to_tensors, to_tensor
 from batchnorm.kernels.autograd import Normalise, Work
 from batchnorm.kernels.checks import checked_view
@@ -103,7 +103,11 @@ def batch_norm(
         residual = None if residual is None else _without_garbage(residual, mask3, view)
     if looks_inside or not is_constant:
         affine = Affine(flat(weight), flat(bias), eps, activation)
-        y, used = operations.normalise(x, affine, residual, view=view, mask=mask3, given=moments, ranks=ranks)
+        used: Statistics
+        if moments is None and ranks is None and operators.can_serve(x):
+            y, used = operators.normalise(x, affine, residual, view=view, mask=mask3)
+        else:
+            y, used = operations.normalise(x, affine, residual, view=view, mask=mask3, given=moments, ranks=ranks)
         return in_memory_format(y, view), used
     work = Work(view, backend_for(x), mask3 if moments is None else None, moments, eps, activation, ranks)
     if torch.is_grad_enabled() and (
