@@ -111,7 +111,7 @@ nb::object prepare_forward(Call& call, nb::handle x, nb::handle out, nb::handle 
   const TensorView vx = seen_operand(x), vr = seen_operand(residual);
   expect(vx.is_float() && vx.ndim >= 2 && (features < 0 || features == vx.shape[1]));
   nb::object y = out.is_none() ? empty_like(x, vx) : nb::borrow(out);
-  const TensorView vy = seen(y);
+  const TensorView vy = out.is_none() ? seen(y) : seen_operand(y);
   expect(has_memory_format(vy));
   const TensorView* const views[] = {&vx, &vy, &vr};
   Operand* const operands[] = {&call.x, &call.y, &call.residual};

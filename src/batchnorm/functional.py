@@ -11,7 +11,7 @@ import torch.utils._pytree
 from batchnorm.kernels import direct, operations, operators
 from batchnorm.kernels.arrays import moments_to_arrays, statistics_to_tensors, to_tensor
 from batchnorm.kernels.autograd import Normalise, Work
-from batchnorm.kernels.checks import checked_view
+from batchnorm.kernels.checks import check_out, checked_view
 from batchnorm.kernels.contract import Activation, Affine, Statistics
 from batchnorm.kernels.dispatch import backend_for, backend_now
 from batchnorm.kernels.transforms import must_look_inside
@@ -41,6 +41,7 @@ def batch_norm(
     activation: Activation | None = None,
     residual: torch.Tensor | None = None,
     ranks: Ranks | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Statistics]:
     """Batch normalization: the output, and the Moments it was made with.
 
@@ -67,6 +68,8 @@ def batch_norm(
         residual: added before the activation; shape and dtype of x.
         ranks: the batch's own moments are those of these ranks' batches together; every one of them must make this
             call, an empty batch included.
+        out: where y is written: shape and dtype of x, which it may be itself (inference in place). Only with `moments`,
+            and not where autograd follows: backward needs x.
 
     Returns:
         y, shape, dtype and memory format of x; and the Moments used: those given, or the batch's (detached, mean and
@@ -75,7 +78,7 @@ def batch_norm(
     Raises:
         ShapeError: one value a channel where the batch's own moments are asked for, or shapes that do not fit.
         DtypeError: x is no float tensor, or a dtype does not go with that of x.
-        ArgumentError: eps is negative, or the activation is unknown.
+        ArgumentError: eps is negative, or the activation is unknown, or `out` is given where it cannot be.
 
     Example:
         >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])
@@ -86,8 +89,11 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, Alg. 1 and section 3 (backward). We differ in one thing: a large mean is subtracted
         in two parts, so that float32 input with mean 1e4 loses nothing of its normalised values.
     """
-    if isinstance(x, np.ndarray):
+    if isinstance(x, np.ndarray) and out is None:
         return _of_arrays(x, weight, bias, moments, eps, channel_axis, mask, activation, residual)
+    if out is not None:
+        check_out(out, x, (weight, bias, residual), moments, ranks)
+        return _into(out, x, weight, bias, residual, moments, eps, channel_axis, mask, activation)
     looks_inside = must_look_inside()
     is_constant = moments is None or not _answers_to_gradient(moments)
     if not looks_inside and is_constant and mask is None and ranks is None and channel_axis == 1:
@@ -120,6 +126,37 @@ def batch_norm(
     else:
         y = work.forward(x, weight, bias, residual)
     return in_memory_format(y, view), work.used
+
+
+def _into(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    moments: Any,
+    eps: float,
+    channel_axis: int | tuple[int, ...],
+    mask: torch.Tensor | None,
+    activation: Activation | None,
+) -> tuple[torch.Tensor, Statistics]:
+    """`batch_norm` with its output written to `out`: at once where the core can, else copied."""
+    if mask is None and channel_axis == 1 and not must_look_inside():
+        y = direct.infer_into(out, x, weight, bias, residual, eps, activation, moments.mean, moments.var)
+        if y is not None:
+            return y, moments
+    y, _ = batch_norm(
+        x,
+        weight,
+        bias,
+        moments=moments,
+        eps=eps,
+        channel_axis=channel_axis,
+        mask=mask,
+        activation=activation,
+        residual=residual,
+    )
+    return out.copy_(y), moments
 
 
 def _of_arrays(

@@ -103,6 +103,35 @@ def _check_moments(moments: Statistics, view: View) -> None:
             )
 
 
+def check_out(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    operands: tuple[torch.Tensor | None, ...],
+    moments: Statistics | None,
+    ranks: object,
+) -> None:
+    """Raises unless the output with these moments may be written to `out`, a tensor like x."""
+    if moments is None or ranks is not None:
+        raise ArgumentError(
+            "out= needs moments=: with the batch's own statistics the input is read again in backward, "
+            "and must stay. Pass moments (a layer: call eval()), or leave out= away."
+        )
+    if not isinstance(x, torch.Tensor) or not isinstance(out, torch.Tensor):
+        raise DtypeError(f"out= takes tensors, got {type(out).__name__} for an input of {type(x).__name__}.")
+    if out.shape != x.shape:
+        raise ShapeError(f"out must have the shape of the input, {tuple(x.shape)}; got {tuple(out.shape)}.")
+    if out.dtype != x.dtype or out.device != x.device:
+        raise DtypeError(
+            f"out must have dtype and device of the input, {x.dtype} on {x.device}; got {out.dtype} on {out.device}."
+        )
+    followed = (x, out, *operands, moments.mean, moments.var)
+    if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in followed):
+        raise ArgumentError(
+            "out= is for inference, but autograd follows this call and would need the input for backward: "
+            "call it under torch.no_grad() or torch.inference_mode(), or leave out= away."
+        )
+
+
 def check_count(moments: Moments, x: torch.Tensor) -> None:
     """Raises ShapeError where a channel's Moments come from one value, and that can be read."""
     count = moments.count

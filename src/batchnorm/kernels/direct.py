@@ -131,6 +131,42 @@ def infer(
     return None if found is None else _in_graph(x, weight, bias, residual, activation, found)
 
 
+def infer_into(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: Parameter,
+    bias: Parameter,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: Activation | None,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+) -> torch.Tensor | None:
+    """`infer` written to `out`, which may be x itself; None, and nothing written, where this is not the way.
+
+    Nobody asks for a gradient.
+    """
+    core = _core_for(x, activation)
+    if core is None or type(x) is not torch.Tensor or type(out) is not torch.Tensor:
+        return None
+    if out.is_inference() != torch.is_inference_mode_enabled():
+        return None  # whether it may be written to is for torch to say
+    is_same = out.data_ptr() == x.data_ptr() and out.stride() == x.stride()
+    read = (residual, weight, bias, mean, var) if is_same else (x, residual, weight, bias, mean, var)
+    if any(t is not None and _share_memory(out, t) for t in read):
+        return None
+    code, threads = ACTIVATION_CODES[activation], torch.get_num_threads()
+    if core.infer(x, weight, bias, residual, eps, code, -1, threads, mean, var, out) is None:
+        return None
+    if not out.is_inference():
+        increment_version(out)
+    return out
+
+
+def _share_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return isinstance(b, torch.Tensor) and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
 def _core_for(x: torch.Tensor, activation: Activation | None) -> Any:
     """The core, unless it is plain to see that it is not for x."""
     if isinstance(x, torch.Tensor) and x.is_cpu and activation in ACTIVATION_CODES:

@@ -111,7 +111,9 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._stage: Stage | None = None  # where batches wait for the end of a transaction
         self._keep_statistics_wide()
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Activation(BN(input) + residual).
 
         Args:
@@ -119,14 +121,19 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             residual: shape and dtype of the input; added before the activation.
             mask: bool, True = counts in the statistics; the input's shape without its channel axes, or broadcastable
                 to it.
+            out: where the output is written, the input itself for inference in place; in evaluation only, without
+                gradients. See batch_norm.
 
         Returns:
             Shape, dtype and memory format of the input.
 
         Raises:
+            ArgumentError: `out` in training, or where autograd follows.
             ShapeError: wrong rank or number of channels, a mask that does not fit, or one value a channel in training.
             DtypeError: the input is no float tensor, or its dtype does not go with the parameters'.
         """
+        if out is not None:
+            return self._into(out, input, residual, mask)
         if mask is None and type(input) is Tensor and not must_look_inside():
             y = self._directly(input, residual)
             if y is not None:
@@ -146,6 +153,22 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if self.training and self.track_running_stats:
             self._commit(moments)
         return y
+
+    def _into(self, out: Tensor, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        return batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            moments=None if self.training or mean is None or var is None else Running(mean, var),
+            eps=self.eps,
+            channel_axis=self.channel_axis,
+            mask=mask,
+            activation=self.activation,
+            residual=residual,
+            out=out,
+        )[0]
 
     def _directly(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
         """What `forward` gives, in one call of the core; None, and nothing done, where that is not the way.
