@@ -18,7 +18,7 @@ from batchnorm.errors import ArgumentError
 from batchnorm.kernels import dispatch, reference
 from batchnorm.kernels.contract import Affine
 
-cpu = pytest.importorskip("batchnorm.kernels.cpu", reason="installed without the CPU core")
+cpu = pytest.importorskip("batchnorm.kernels.cpu", reason="installed without the CPU core", exc_type=ImportError)
 _cpu = pytest.importorskip("batchnorm.kernels._cpu")
 
 INSTRUCTION_SETS = _cpu.instruction_sets()

@@ -148,6 +148,8 @@ class Normalise(torch.autograd.Function):
     ) -> torch.Tensor:
         """See `Work.forward`."""
         y = work.forward(x, weight, bias, residual)
+        if y._is_view():  # autograd refuses in-place operations, as of nn.ReLU(inplace=True), on a Function's view
+            y = y.new_empty(0).set_(y)  # type: ignore[call-overload]
         # Without an activation the residual's value plays no part in backward, only its place.
         ctx.save_for_backward(x, weight, bias, residual if work.activation is not None else None)
         ctx.work = work

@@ -5,6 +5,7 @@ The environment variable BATCHNORM_BACKEND ("auto", "cpu" or "reference") says s
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from types import ModuleType
 from typing import Literal, cast, get_args
@@ -25,7 +26,8 @@ try:
     from batchnorm.kernels import cpu
 except ImportError as error:
     _cpu: Backend | None = None
-    _why_no_cpu = str(error)
+    _is_compiled = importlib.util.find_spec("batchnorm.kernels._cpu") is not None
+    _why_no_cpu = str(error) if _is_compiled else "batchnorm was installed without it, as it could not be compiled"
 else:
     _cpu = cast(Backend, cpu)
     _why_no_cpu = ""
