@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import info, recalibrate, study
+from batchnorm.cli import info, recalibrate, shift, study
 from batchnorm.errors import BatchNormError
 
 USAGE_ERROR = 2
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(study.app, name="study")
 app.command("recalibrate")(recalibrate.recalibrate)
+app.add_typer(shift.app, name="shift")
 app.command("info")(info.info)
 
 

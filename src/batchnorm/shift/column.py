@@ -59,9 +59,7 @@ class Column:
         finite = numbers[np.isfinite(numbers)]
         missing = int(np.isnan(numbers).sum())
         infinite = rows - missing - finite.size
-        return Column(
-            kind, rows, missing, infinite, _moments(finite), Histogram.of(finite, level), Categories.of({})
-        )
+        return Column(kind, rows, missing, infinite, _moments(finite), Histogram.of(finite, level), Categories.of({}))
 
     def merge(self, *others: Column) -> Column:
         """The column of all rows together, exactly.

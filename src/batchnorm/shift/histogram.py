@@ -59,8 +59,11 @@ class Histogram:
         if not values.size:
             return Histogram(_LOWEST, np.zeros(0, np.int64), np.zeros(0, np.int64))
         start = max(_level_of(float(np.abs(values).max())), _LOWEST if level is None else level)
-        index, count = _counted(np.floor(np.ldexp(values, -start)).astype(np.int64))
-        return _coarse_enough(start, index, count)
+        scaled = np.ldexp(values, -start)
+        numbers = np.floor(scaled).astype(np.int64)
+        if start > 0:  # small negative values may have become -0, and still belong below 0
+            numbers[(scaled == 0) & (values < 0)] = -1
+        return _coarse_enough(start, *_counted(numbers))
 
     def merge(self, *others: Histogram) -> Histogram:
         """The histogram of all values together."""

@@ -50,6 +50,7 @@ class Reference:
         *,
         like: Reference | None = None,
         kinds: Mapping[str, Kind] | None = None,
+        only: bool = False,
         sample_rows: int = SAMPLE_ROWS,
         salt: str = "",
         nulls: Sequence[str] = NULLS,
@@ -60,6 +61,7 @@ class Reference:
             table: path of a .csv, .csv.gz or .parquet file, or a polars, pandas or Arrow table.
             like: take its columns only, each as the same kind; other columns are left out.
             kinds: name -> "number", "category" or "date" for columns whose kind is not what it looks like (codes).
+            only: take the columns of `kinds` and no others.
             sample_rows: rows to keep; 0 keeps none, and then no classifier can be asked.
             salt: tells partitions of one table apart, so that their rows are sampled independently.
             nulls: what counts as missing in csv files.
@@ -71,7 +73,7 @@ class Reference:
             raise ArgumentError(f"sample_rows must be an int of at least 0, got {sample_rows!r}")
         asked = {name: column.kind for name, column in like.columns.items()} if like else dict(kinds or {})
         frame = scan(table, asked, nulls=nulls)
-        wanted: dict[str, Kind] = asked if like else {**kinds_of(frame), **asked}
+        wanted: dict[str, Kind] = asked if like or only else {**kinds_of(frame), **asked}
         frame = as_kinds(frame, wanted, table)
         found: dict[str, Column] = {}
         parts: list[pl.DataFrame] = []

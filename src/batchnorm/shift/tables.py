@@ -16,7 +16,7 @@ from batchnorm.shift.ragged import refuse_ragged
 Table: TypeAlias = Any
 """A path (.csv, .csv.gz, .parquet), a polars DataFrame or LazyFrame, a pandas DataFrame, or an Arrow table."""
 
-ROWS = 2**17
+ROWS = 2**18
 """Of a batch."""
 
 NULLS = ("", "NA", "N/A", "NaN", "nan", "null", "NULL", "None")
@@ -89,7 +89,13 @@ def batches(frame: pl.LazyFrame, source: Table = None) -> Iterator[pl.DataFrame]
         ArgumentError: the file turns out to be broken.
     """
     with readable(source):
-        yield from frame.collect_batches(chunk_size=ROWS, maintain_order=True)
+        if str(source).endswith(".parquet") or isinstance(source, pl.DataFrame):
+            # Slices are asked for one after the other; a stream would read ahead, and hold much of the file.
+            rows = frame.select(pl.len()).collect().item()
+            for start in range(0, rows, ROWS):
+                yield frame.slice(start, ROWS).collect()
+        else:
+            yield from frame.collect_batches(chunk_size=ROWS, maintain_order=True)
 
 
 @contextmanager
@@ -117,21 +123,16 @@ def _scan_file(path: Path, kinds: Mapping[str, Kind], nulls: list[str]) -> pl.La
     ).collect_schema()
     # Whole numbers of the first rows may be followed by others, so numbers are read as floats throughout. What a
     # Reference knows goes before what the first rows look like: codes such as 007 stay categories.
-    types: dict[str, pl.DataType | type[pl.DataType]] = {}
+    types: dict[str, pl.DataType] = {}
     for name, dtype in seen.items():
         kind = kinds.get(name) or ("number" if dtype.is_numeric() else None)
         if kind == "number":
-            types[name] = pl.Float64
+            dtype = pl.Float64()
         elif kind == "category" or dtype == pl.Null:
-            types[name] = pl.String
-    return pl.scan_csv(
-        path,
-        glob=False,
-        infer_schema_length=_LOOKED_AT,
-        null_values=nulls,
-        try_parse_dates=True,
-        schema_overrides=types,
-    )
+            dtype = pl.String()
+        types[name] = dtype
+    # A schema that is said is not looked for again, each time from the beginning of a packed file.
+    return pl.scan_csv(path, glob=False, schema=types, null_values=nulls)
 
 
 def _from_arrow(table: Any) -> pl.DataFrame:

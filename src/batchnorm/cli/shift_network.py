@@ -1,0 +1,69 @@
+"""A network that goes with a table: made by a factory, loaded from a file, fed with rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from batchnorm.cli import weights as files
+from batchnorm.cli.loading import from_module
+from batchnorm.errors import ArgumentError
+from batchnorm.shift.reference import Reference
+from batchnorm.shift.tables import Table, as_kinds, batches, scan
+
+_ROWS = 4096
+"""Of a batch that goes through the network."""
+
+Forward = Callable[[torch.nn.Module, Any], Any]
+
+
+def network(model: str, weights: Path | None) -> torch.nn.Module:
+    """The model of a factory, with the weights of a file, in evaluation mode.
+
+    Raises:
+        ArgumentError: the factory gives no module, or the file does not go with it.
+    """
+    made = from_module(model, "--model")()
+    if not isinstance(made, torch.nn.Module):
+        raise ArgumentError(f"--model: {model} must give a torch.nn.Module, got {type(made).__name__}")
+    if weights is not None:
+        files.load_into(made, files.read(weights), weights)
+    return made.eval()
+
+
+def forward_of(spec: str | None, columns: list[str]) -> Forward:
+    """forward(model, frame): the user's, or the numeric `columns` as one float32 tensor, (N, C)."""
+    if spec is not None:
+        found: Forward = from_module(spec, "--forward")
+        return found
+    if not columns:
+        raise ArgumentError("the table has no numeric column to feed to the model: give --forward")
+
+    def forward(model: torch.nn.Module, frame: pl.DataFrame) -> Any:
+        rows = frame.select(columns).to_numpy().astype(np.float32)
+        try:
+            return model(torch.from_numpy(np.ascontiguousarray(rows)))
+        except RuntimeError as error:
+            raise ArgumentError(
+                f"the model does not take the {len(columns)} numeric columns {', '.join(columns[:8])}: give --forward "
+                f"package.module:function(model, polars_frame), or leave columns out by --target. {error}"
+            ) from error
+
+    return forward
+
+
+def numeric_columns(reference: Reference, *others: str | None) -> list[str]:
+    """The numeric columns in the table's order, without the `others` (target, time, group)."""
+    return [name for name, column in reference.columns.items() if column.kind == "number" and name not in others]
+
+
+def rows_of(table: Table, reference: Reference) -> Iterator[pl.DataFrame]:
+    """The rows of a table in batches, as the Reference's kinds read them."""
+    kinds = {name: column.kind for name, column in reference.columns.items()}
+    for batch in batches(as_kinds(scan(table, kinds), kinds, table), table):
+        yield from batch.iter_slices(_ROWS)

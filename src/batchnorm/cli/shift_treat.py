@@ -1,0 +1,2 @@
+def treat() -> None:
+    """Placeholder."""
