@@ -64,8 +64,10 @@ def reference(
 
     One pass over the rows in bounded memory. Exit status: 0 done, 2 bad input.
     """
-    refuse_existing(out, force)
+    from batchnorm.cli.shift_tables import refuse_existing
     from batchnorm.shift.reference import SAMPLE_ROWS
+
+    refuse_existing(out, force)
 
     options: dict[str, Any] = {
         "kinds": dict.fromkeys(category or (), "category"),
@@ -115,6 +117,7 @@ def compare(
     """
     if out is not None and out.suffix not in (".html", ".json"):
         raise ArgumentError(f"expected -o *.html or *.json, got {out}")
+    from batchnorm.cli.shift_tables import new_side
     from batchnorm.shift import render
     from batchnorm.shift.compare import compare as run
     from batchnorm.shift.reference import Reference
@@ -126,7 +129,7 @@ def compare(
     if table.endswith(".json"):
         new = Reference.load(table)
     else:
-        new = _new_side(old, table, target, null)
+        new = new_side(old, table, target, null)
         if model is not None:
             new = _with_layers(new, [table], old, model, weights, forward, (target, time, group))
     found = run(old, new, target=target, time=time, block=block, group=group, fail_on=fail_on, seed=seed)
@@ -145,27 +148,6 @@ def compare(
             typer.echo(f"Written: {out}")
     if found.is_shifted:
         raise typer.Exit(SHIFTED)
-
-
-def refuse_existing(out: Path, force: bool) -> None:
-    """Raises ArgumentError where `out` would be overwritten, or has no folder."""
-    if out.exists() and not force:
-        raise ArgumentError(f"{out} exists: pass --force to overwrite it, or choose another --out")
-    if not out.resolve().parent.is_dir():
-        raise ArgumentError(f"the folder of {out} does not exist")
-
-
-def _new_side(old: Reference, table: str, target: str | None, null: list[str] | None) -> Reference:
-    """The new rows with the reference's columns; the target may be missing."""
-    from dataclasses import replace
-
-    from batchnorm.shift.reference import Reference
-    from batchnorm.shift.tables import NULLS, scan
-
-    own = scan(table).collect_schema().names()
-    kept = {name: column for name, column in old.columns.items() if name in own or name != target}
-    nulls = tuple(null) if null else NULLS
-    return Reference.of(table, like=replace(old, columns=kept), salt="new", nulls=nulls)
 
 
 def _with_layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,52 @@ def rows_of(table: Table, reference: Reference) -> Iterator[pl.DataFrame]:
     kinds = {name: column.kind for name, column in reference.columns.items()}
     for batch in batches(as_kinds(scan(table, kinds), kinds, table), table):
         yield from batch.iter_slices(_ROWS)
+
+
+def without(reference: Reference, name: str) -> Reference:
+    """The Reference without a column, so that new rows may lack it."""
+    return replace(reference, columns={key: one for key, one in reference.columns.items() if key != name})
+
+
+def losses(net: torch.nn.Module, forward: Forward, table: Table, reference: Reference, target: str) -> Any:
+    """The network's loss on each row that has a target, (N,), float64.
+
+    Squared error for a number and one output; else cross-entropy: one output is the logit of the second class, several
+    are logits of the classes, which are the sorted categories, or whole numbers from 0.
+
+    Raises:
+        ArgumentError: output and target do not go together.
+    """
+    column = reference.columns[target]
+    classes = sorted(column.categories.counts)
+    found = []
+    for batch in rows_of(table, reference):
+        rows = batch.filter(pl.col(target).is_not_null())
+        if not rows.height:
+            continue
+        with torch.no_grad():
+            output = forward(net, rows.drop(target)).double().reshape(rows.height, -1)
+        if column.kind == "category":
+            unknown = sorted(set(rows[target].to_list()) - set(classes))
+            if unknown:
+                raise ArgumentError(f"the target has classes that the reference lacks: {', '.join(unknown[:5])}")
+            goal = torch.tensor([classes.index(value) for value in rows[target].to_list()])
+        else:
+            goal = torch.from_numpy(rows[target].to_numpy().copy())
+        found.append(_loss(output, goal, column.kind == "category").numpy())
+    if not found:
+        raise ArgumentError(f"{table} has no row with a value in {target!r}")
+    return np.concatenate(found)
+
+
+def _loss(output: torch.Tensor, goal: torch.Tensor, is_class: bool) -> torch.Tensor:
+    if output.shape[1] == 1:
+        if not is_class:
+            return (output[:, 0] - goal) ** 2
+        return torch.nn.functional.binary_cross_entropy_with_logits(output[:, 0], goal.double(), reduction="none")
+    whole = goal.long()
+    if not torch.equal(whole.double(), goal.double()) or int(whole.min()) < 0 or int(whole.max()) >= output.shape[1]:
+        raise ArgumentError(
+            f"the network gives {output.shape[1]} outputs, and the target is no class of 0 to {output.shape[1] - 1}"
+        )
+    return torch.nn.functional.cross_entropy(output, whole, reduction="none")

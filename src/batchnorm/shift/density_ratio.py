@@ -228,7 +228,7 @@ class KLIEP(_Ratio):
             whole = np.maximum(parts @ share, 1e-300)
             share = share * (parts / whole[:, None]).mean(axis=0)
             share /= max(share.sum(), 1e-300)
-        return share / mass
+        return np.asarray(share / mass)
 
     def _ratio(self, x: Floats) -> Floats:
         return _kernel(x, self.centres_, self.width_) @ self.theta_

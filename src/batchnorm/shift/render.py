@@ -97,8 +97,8 @@ def as_html(found: Comparison, *, reference: str, new: str, version: str) -> str
 def chance(value: float | None) -> str:
     """A p-value or q-value; below 0.0001 no digit of it means anything.
 
-    >>> chance(3e-70), chance(0.0312), chance(None)
-    ('<0.0001', '0.0312', '–')
+    >>> chance(3e-70), chance(0.0312)
+    ('<0.0001', '0.0312')
     """
     return "<0.0001" if value is not None and value < 1e-4 else number(value)
 
