@@ -226,7 +226,7 @@ def test_a_damaged_file_is_refused(table, tmp_path, change, match):
         ("a,b\n", "has no rows"),
         ("a\n" + "1\n" * 20_000 + "red\n", "could not parse `red`"),
     ],
-    ids=["short line", "long line", "blank line", "blank line with quotes", "short line with quotes", "empty", "header only", "text among numbers"],
+    ids=lambda value: value.strip().split("\n")[-1][:20] if "," in value or "\n" in value else "",
 )
 def test_a_bad_csv_file_is_refused(tmp_path, content, match):
     (tmp_path / "bad.csv").write_text(content)

@@ -13,7 +13,7 @@ import torch
 
 from batchnorm.cli import weights as files
 from batchnorm.cli.loading import from_module
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, ShapeError
 from batchnorm.shift.reference import Reference
 from batchnorm.shift.tables import Table, as_kinds, batches, scan
 
@@ -49,7 +49,7 @@ def forward_of(spec: str | None, columns: list[str]) -> Forward:
         rows = frame.select(columns).to_numpy().astype(np.float32)
         try:
             return model(torch.from_numpy(np.ascontiguousarray(rows)))
-        except RuntimeError as error:
+        except (RuntimeError, ShapeError) as error:
             raise ArgumentError(
                 f"the model does not take the {len(columns)} numeric columns {', '.join(columns[:8])}: give --forward "
                 f"package.module:function(model, polars_frame), or leave columns out by --target. {error}"
