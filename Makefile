@@ -1,7 +1,7 @@
 # make study         trains, measures and writes study/report.html
 # make test          every test
 # make lint          style, types and the direction of imports
-# make bench         layers and networks against their peers, half an hour; make bench-quick: a part of it, two minutes
+# make bench         layers and networks against their peers, about 25 minutes; make bench-quick: a part of it, two minutes
 # make clean         removes what these made
 PYTHON ?= python3
 VENV := .venv
@@ -48,6 +48,5 @@ $(VENV)/.%: $(NEEDS) $(VENV)/.package
 	@touch $@
 
 .PHONY: bench bench-quick
-bench bench-quick: $(VENV)/.package
-	cd benchmarks && ../$(BIN)/python layers.py $(if $(filter bench-quick,$@),--quick)
-	cd benchmarks && ../$(BIN)/python networks.py $(if $(filter bench-quick,$@),--quick)
+bench bench-quick: $(VENV)/.package $(VENV)/.bench
+	$(BIN)/python benchmarks/bench.py $(if $(filter bench-quick,$@),--quick)

@@ -1,46 +1,71 @@
 """What recalibrate() costs beside a plain forward pass of the same batches, on a CPU.
 
-Measured in turn: the forward pass in evaluation and in training mode, torch's update_bn, recalibrate in the batch
-reading and, if asked, in the sequential reading. Medians of CPU seconds of one thread (other work on the machine counts
-less than in wall time), and their ratio to the forward pass in evaluation mode.
-Run: python benchmarks/recalibration.py [--rounds 7] [--sequential]
+Prints a table and adds its rows to the day's CSV.
+
+In turn, round after round: the forward pass in evaluation and in training mode, torch's update_bn, recalibrate in both
+readings, and if asked the sequential reading with a pass for each layer. Each ratio is the median of the rounds' ratios
+to the forward pass in evaluation mode.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
-import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from layers import HERE, stamp
 from networks import resnet20, resnet50
+from timing import timed
 from torch import nn
 
 import batchnorm
 
+PLAIN = "forward, evaluation"
+COLUMNS = (
+    "date", "commit", "machine", "cores", "threads", "versions", "network", "batches", "what",
+    "median_ms", "p20_ms", "p80_ms", "rounds", "ratio", "ratio_p20", "ratio_p80",
+)  # fmt: skip
+
 
 def main() -> None:
-    """Prints a Markdown table."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--sequential", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--passes", action="store_true", help="the sequential reading with a pass for each layer, too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    print("| network | batches | what | ms | ratio |\n| --- | --- | --- | --- | --- |")
-    for name, model, shape, number in (
-        ("ResNet-20, torch.nn", resnet20(nn.BatchNorm2d), (128, 3, 32, 32), 4),
-        ("ResNet-20, batchnorm", resnet20(batchnorm.BatchNorm2d), (128, 3, 32, 32), 4),
-        ("ResNet-50, torch.nn", resnet50(nn.BatchNorm2d), (8, 3, 224, 224), 4),
-        ("MLP 3x512, torch.nn", _mlp(nn.BatchNorm1d), (256, 784), 64),
+    head, rows = stamp(), []
+    for name, make, shape, number in (
+        ("ResNet-20, torch.nn", lambda: resnet20(nn.BatchNorm2d), (128, 3, 32, 32), 4),
+        ("ResNet-20, batchnorm", lambda: resnet20(batchnorm.BatchNorm2d), (128, 3, 32, 32), 4),
+        ("ResNet-50, torch.nn", lambda: resnet50(nn.BatchNorm2d), (8, 3, 224, 224), 4),
+        ("MLP 3x512, torch.nn", lambda: _mlp(nn.BatchNorm1d), (256, 784), 64),
     ):
-        batches = [torch.randn(shape) for _ in range(number)]
-        times = _measured(model, batches, arguments.rounds, sequential=arguments.sequential)
-        plain = times["forward, evaluation"]
-        for what, seconds in times.items():
-            print(f"| {name} | {len(batches)} x {shape} | {what} | {seconds * 1e3:.0f} | {seconds / plain:.2f} |")
+        if options.only not in name:
+            continue
+        taken = _measured(make(), [torch.randn(shape) for _ in range(number)], options.rounds, passes=options.passes)
+        rows += [{**head, "network": name, "batches": f"{number} x {shape}", **row} for row in _summaries(taken)]
+    print("| network | batches | what | ms | ratio |\n| --- | --- | --- | --- | --- |")
+    for row in rows:
+        print(f"| {row['network']} | {row['batches']} | {row['what']} | {row['median_ms']} | {row['ratio']} |")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"recalibration-{head['date'][:10]}.csv"
+    is_new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(f"added to {path}")
 
 
 def _mlp(norm: type[nn.Module]) -> nn.Module:
@@ -49,7 +74,9 @@ def _mlp(norm: type[nn.Module]) -> nn.Module:
     return nn.Sequential(*(layer for block in hidden for layer in block), nn.Linear(512, 10))
 
 
-def _measured(model: nn.Module, batches: list[torch.Tensor], rounds: int, *, sequential: bool) -> dict[str, float]:
+def _measured(model: nn.Module, batches: list[torch.Tensor], rounds: int, *, passes: bool) -> dict[str, list[float]]:
+    """Seconds of each contender in each round."""
+
     def forward(mode: bool) -> None:
         model.train(mode)
         with torch.no_grad():
@@ -57,21 +84,36 @@ def _measured(model: nn.Module, batches: list[torch.Tensor], rounds: int, *, seq
                 model(batch)
 
     contenders: dict[str, Callable[[], object]] = {
-        "forward, evaluation": lambda: forward(False),
+        PLAIN: lambda: forward(False),
+        "recalibrate, sequential reading": lambda: batchnorm.recalibrate(model, batches),
+        "recalibrate, batch reading": lambda: batchnorm.recalibrate(model, batches, reading="batch"),
         "forward, training": lambda: forward(True),
         "torch.optim.swa_utils.update_bn": lambda: torch.optim.swa_utils.update_bn(batches, model),
-        "recalibrate, batch reading": lambda: batchnorm.recalibrate(model, batches, reading="batch"),
     }
-    if sequential:
-        contenders["recalibrate, sequential reading"] = lambda: batchnorm.recalibrate(model, batches)
+    if passes:
+        contenders["recalibrate, a pass for each layer"] = lambda: batchnorm.recalibrate(model, batches, memory=0)
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
+    for number in range(rounds + 1):
         for name, contender in contenders.items():
             model.eval()
-            start = time.process_time()
-            contender()
-            samples[name].append(time.process_time() - start)
-    return {name: float(np.median(taken)) for name, taken in samples.items()}
+            _, seconds = timed(contender)
+            if number:  # the first round warms up
+                samples[name].append(seconds)
+    return samples
+
+
+def _summaries(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
+    plain = np.array(samples[PLAIN])
+    rows = []
+    for what, taken in samples.items():
+        low, median, high = np.percentile(taken, [20, 50, 80]) * 1e3
+        ratios = np.percentile(np.array(taken) / plain, [20, 50, 80])
+        rows.append(
+            {"what": what, "median_ms": f"{median:.1f}", "p20_ms": f"{low:.1f}", "p80_ms": f"{high:.1f}"}
+            | {"rounds": len(taken), "ratio": f"{ratios[1]:.3f}"}
+            | {"ratio_p20": f"{ratios[0]:.3f}", "ratio_p80": f"{ratios[2]:.3f}"}
+        )
+    return rows
 
 
 if __name__ == "__main__":

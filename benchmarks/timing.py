@@ -1,15 +1,19 @@
-"""How samples are taken: interleaved, with warm-up, as many as a time budget allows; and how they are summed up."""
+"""How samples are taken and summed up."""
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
-Sample = Callable[[], Mapping[str, float]]
-"""Runs once and gives the seconds of each phase ("forward", "backward", ...)."""
+Sample = Callable[[int], Mapping[str, float]]
+"""Runs each phase so many times in a row and gives the seconds of one call of each ("forward", "backward", ...)."""
+
+_SHORTEST = 300e-6  # seconds: what a phase must last for the clock and the loop around it not to count
+_LONG = 50e-3  # seconds: from here on what another contender left in the caches does not count
 
 
 class Summary(NamedTuple):
@@ -21,35 +25,45 @@ class Summary(NamedTuple):
     samples: int
 
 
-def timed(function: Callable[[], object]) -> tuple[object, float]:
-    """What `function` gives, and the seconds that it took."""
+class Contender:
+    """A sampler warmed up, which knows how many calls make a sample and how many samples a turn."""
+
+    def __init__(self, sample: Sample) -> None:
+        """Runs `sample` a few times: compilation, first touches of memory, caches."""
+        self._sample = sample
+        for _ in range(2):
+            seconds = sample(1)
+        shortest = max(min(seconds.values()), 1e-7)
+        if shortest < _SHORTEST:
+            seconds = sample(4)
+            shortest = max(min(seconds.values()), 1e-7)
+        self.calls = max(1, min(200, round(_SHORTEST / shortest)))
+        self._is_long = sum(seconds.values()) * self.calls > _LONG
+
+    def turn(self) -> list[dict[str, float]]:
+        """Samples, one after another: one if it is long, else three that follow one that is not counted.
+
+        The first finds in the caches what another contender left there, the others what their own kind left.
+        """
+        gc.disable()
+        try:
+            if self._is_long:
+                return [dict(self._sample(self.calls))]
+            return [dict(self._sample(self.calls)) for _ in range(4)][1:]
+        finally:
+            gc.enable()
+
+
+def per_call(function: Callable[[], object], calls: int) -> float:
+    """Seconds of one call, of `calls` in a row; the result of each is dropped before the next."""
     start = time.perf_counter()
-    result = function()
-    return result, time.perf_counter() - start
+    for _ in range(calls):
+        function()
+    return (time.perf_counter() - start) / calls
 
 
-def interleave(
-    samplers: Mapping[str, Sample], *, budget: float, at_least: int = 7, at_most: int = 2000
-) -> dict[tuple[str, str], Summary]:
-    """Samples all in turn, round after round, until the budget (seconds for each of them) is spent.
-
-    Returns:
-        (name, phase) -> Summary.
-    """
-    for sampler in samplers.values():
-        for _ in range(3):  # compilation, first touches of memory, caches
-            sampler()
-    taken: dict[tuple[str, str], list[float]] = {}
-    end = time.perf_counter() + budget * len(samplers)
-    rounds = 0
-    while rounds < at_least or (time.perf_counter() < end and rounds < at_most):
-        for name, sampler in samplers.items():
-            for phase, seconds in sampler().items():
-                taken.setdefault((name, phase), []).append(seconds)
-        rounds += 1
-    return {key: _summary(values) for key, values in taken.items()}
-
-
-def _summary(values: list[float]) -> Summary:
-    low, median, high = np.percentile(values, [20, 50, 80])
-    return Summary(float(median), float(low), float(high), len(values))
+def summary(seconds: Iterable[float]) -> Summary:
+    """What a row of results shows."""
+    taken = list(seconds)
+    low, median, high = np.percentile(taken, [20, 50, 80])
+    return Summary(float(median), float(low), float(high), len(taken))

@@ -1,7 +1,6 @@
 // The Python module batchnorm.kernels._cpu: tensors in, pointers on to the core. Shapes and dtypes were checked at the public
 // door; here only what would read or write memory that is not ours is checked again.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -11,6 +10,7 @@
 #include <vector>
 
 #include "cache.hpp"
+#include "dlpack.hpp"
 #include "parallel.hpp"
 #include "pool.hpp"
 #include "running.hpp"
@@ -139,6 +139,26 @@ int64_t forward(nb::handle x, nb::handle y, nb::handle residual, nb::handle mask
   return -1;
 }
 
+// Mean and variance of x with every value widened to float64 first; mean and var: float64, (C,), contiguous. Returns the
+// number of values of each channel, or -1 where the strides are none that the core knows.
+int64_t wide_stats(nb::handle x, nb::handle mean, nb::handle var, int threads) {
+  Call call;
+  const TensorView vx = view_of(x);
+  check_input(vx);
+  const TensorView* const views[] = {&vx};
+  Operand* const operands[] = {&call.x};
+  if (!set_layout(call, views, operands, 1)) return -1;
+  call.dtype = vx.dtype();
+  call.threads = threads;
+  call.count = call.N * call.L;
+  Wide wide_mean(mean, call.C), wide_var(var, call.C);
+  call.mean = wide_mean.data();
+  call.var = wide_var.data();
+  for (int64_t c = 0; call.count == 0 && c < call.C; ++c) call.mean[c] = call.var[c] = 0;
+  run(kernels().wide_stats, call);
+  return call.count;
+}
+
 // Whether an input, its parameters, residual and statistics are what they should be, in the common case: a float tensor
 // (N, C, ...) with a layout that the core knows and more than one value a channel. False for anything else, wrong or
 // rare: the checks in Python then tell which.
@@ -230,18 +250,30 @@ bool update_running(nb::handle running_mean, nb::handle running_var, nb::handle 
   return take_in(to_mean, to_var, batches, batch_mean.data(), batch_var.data(), channels, count, momentum);
 }
 
-// A torch tensor with the shape, strides and dtype of x, in a buffer of the pool; None where there is no memory. x is
-// dense: its strides are a permutation of contiguous ones.
+// A DLPack capsule of a buffer of the pool, as many values of the dtype of x in a row; None where the pool has none.
 nb::object pooled_like(nb::handle x) {
   const TensorView view = view_of(x);
-  size_t values = 1, shape[kMostDimensions];
-  for (int i = 0; i < view.ndim; ++i) values *= shape[i] = static_cast<size_t>(view.shape[i]);
-  void* buffer = take_buffer(values * view.type_bits / 8);
+  int64_t values = 1;
+  for (int i = 0; i < view.ndim; ++i) values *= view.shape[i];
+  void* buffer = take_buffer(static_cast<size_t>(values) * view.type_bits / 8);
   if (!buffer) return nb::none();
-  nb::capsule owner(buffer, [](void* data) noexcept { release_buffer(data); });
-  const nb::dlpack::dtype type{view.type_code, view.type_bits, 1};
-  nb::ndarray<nb::pytorch> array(buffer, static_cast<size_t>(view.ndim), shape, owner, view.strides, type);
-  return nb::cast(array);
+  struct Lent : dlpack::ManagedTensor {
+    int64_t size, stride;
+  };
+  Lent* lent = new Lent;
+  lent->size = values;
+  lent->stride = 1;
+  lent->tensor = {buffer, 1, 0, 1, view.type_code, view.type_bits, 1, &lent->size, &lent->stride, 0};
+  lent->context = nullptr;
+  lent->deleter = [](dlpack::ManagedTensor* self) {  // from any thread, without Python
+    release_buffer(self->tensor.data);
+    delete static_cast<Lent*>(self);
+  };
+  return nb::steal(PyCapsule_New(static_cast<dlpack::ManagedTensor*>(lent), "dltensor", [](PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, "dltensor")) return;  // a tensor took it over
+    auto* unused = static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor"));
+    unused->deleter(unused);
+  }));
 }
 
 std::vector<std::string> instruction_sets() {
@@ -270,11 +302,14 @@ NB_MODULE(_cpu, m) {
   m.def("backward", &backward, T("dy"), T("x"), T("residual"), T("dx"), T("dresidual"), T("mask"), T("weight"),
         T("bias"), T("mean"), T("var"), nb::arg("eps"), nb::arg("activation"), T("sum_dz"), T("sum_dz_xhat"),
         nb::arg("count"), nb::arg("reduces"), nb::arg("maps"), nb::arg("is_estimated"), nb::arg("threads"));
+  m.def("wide_stats", &wide_stats, T("x"), T("mean"), T("var"), nb::arg("threads"));
   m.def("is_ordinary", &is_ordinary, T("x"), T("weight"), T("bias"), T("residual"), T("mean"), T("var"));
   m.def("update_running", &update_running, T("running_mean"), T("running_var"), T("tracked"), T("mean"), T("var"),
         nb::arg("count"), nb::arg("momentum"));
   m.def("pooled_like", &pooled_like, nb::arg("x"));
   m.def("limit_pool", &limit_pool, nb::arg("bytes"));
+  m.def("usual_pool_limit", &usual_pool_limit);
+  m.attr("POOLED_BYTES") = kPooledBytes;
   m.def("pool_state", [] {
     const PoolState state = pool_state();
     return std::vector<int64_t>{state.limit, state.idle, state.lent};

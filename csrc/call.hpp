@@ -61,6 +61,7 @@ struct Kernels {
   const char* name;
   void (*forward)(const Call&);
   void (*backward)(const Call&);
+  void (*wide_stats)(const Call&);  // mean and var of x in float64 throughout, without a mask
 };
 
 }  // namespace batchnorm

@@ -1,4 +1,4 @@
-// The parts of DLPack 1.3 that reading a tensor without copying its description needs.
+// The parts of DLPack 1.3 that reading a tensor without copying its description needs, and handing one out.
 // Layout of the structures: dlpack.h, DMLC, Apache License 2.0. https://github.com/dmlc/dlpack
 #pragma once
 
@@ -17,6 +17,13 @@ struct Tensor {
   int64_t* shape;
   int64_t* strides;
   uint64_t byte_offset;
+};
+
+// What a capsule named "dltensor" holds.
+struct ManagedTensor {
+  Tensor tensor;
+  void* context;
+  void (*deleter)(ManagedTensor*);
 };
 
 struct ExchangeApi {

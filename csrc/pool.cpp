@@ -1,11 +1,16 @@
 #include "pool.hpp"
 
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <unordered_map>
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#include <unistd.h>
 #endif
 
 namespace batchnorm {
@@ -25,27 +30,89 @@ struct Pool {
   int64_t limit = 0, idle_bytes = 0, lent_bytes = 0;
 };
 
+Pool& pool();
+
+#if defined(__linux__)
+// Straight from the system, so that what is freed is given back.
+void* map_pages(size_t size) {
+  void* const whole = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (whole == MAP_FAILED) return nullptr;
+  char* const from = static_cast<char*>(whole);
+  const size_t skipped = (kPage - reinterpret_cast<uintptr_t>(from) % kPage) % kPage;
+  if (skipped) munmap(from, skipped);
+  if (skipped < kPage) munmap(from + skipped + size, kPage - skipped);
+  madvise(from + skipped, size, MADV_HUGEPAGE);
+  return from + skipped;
+}
+void unmap_pages(const Block& block) { munmap(block.data, block.size); }
+// Costs nothing while there is memory: the pages stay until the system needs them.
+void offer_pages(const Block& block) { madvise(block.data, block.size, MADV_FREE); }
+#else
+void* map_pages(size_t size) { return std::aligned_alloc(kPage, size); }
+void unmap_pages(const Block& block) { std::free(block.data); }
+void offer_pages(const Block&) {}
+#endif
+
+#if defined(__unix__) || defined(__APPLE__)
+// A child of fork() gets the pool in order, whatever another thread was doing to it.
+void lock_for_fork() { pool().mutex.lock(); }
+void unlock_after_fork() { pool().mutex.unlock(); }
+#endif
+
 // Never destroyed: tensors may outlive the module's statics.
 Pool& pool() {
   static Pool* const the_pool = new Pool;
+#if defined(__unix__) || defined(__APPLE__)
+  static const int is_registered = pthread_atfork(lock_for_fork, unlock_after_fork, unlock_after_fork);
+  (void)is_registered;
+#endif
   return *the_pool;
 }
 
-void shrink(Pool& p) {
-  while (p.idle_bytes > p.limit) {
-    const Block oldest = p.idle.front();
-    p.idle.erase(p.idle.begin());
-    p.idle_bytes -= static_cast<int64_t>(oldest.size);
-    std::free(oldest.data);
+// The oldest buffers above the limit, which the caller frees once the pool is unlocked.
+std::vector<Block> surplus(Pool& p) {
+  size_t number = 0;
+  while (p.idle_bytes > p.limit) p.idle_bytes -= static_cast<int64_t>(p.idle[number++].size);
+  const auto end = p.idle.begin() + static_cast<std::ptrdiff_t>(number);
+  const std::vector<Block> found(p.idle.begin(), end);
+  p.idle.erase(p.idle.begin(), end);
+  return found;
+}
+
+void free_all(const std::vector<Block>& blocks) {
+  for (const Block& block : blocks) unmap_pages(block);
+}
+
+int64_t number_in(const char* path) {
+  long long value = 0;
+  if (FILE* file = std::fopen(path, "r")) {
+    if (std::fscanf(file, "%lld", &value) != 1) value = 0;  // cgroups say "max" for no limit
+    std::fclose(file);
   }
+  return value;
 }
 
 }  // namespace
+
+int64_t usual_pool_limit() {
+  constexpr int64_t most = int64_t{512} << 20;
+  int64_t memory = most * 16;
+#if defined(__unix__) || defined(__APPLE__)
+  const int64_t physical = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+  if (physical > 0 && physical < memory) memory = physical;
+#endif
+  for (const char* path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"}) {
+    const int64_t allowed = number_in(path);
+    if (allowed > 0 && allowed < memory) memory = allowed;
+  }
+  return memory / 16;
+}
 
 void* take_buffer(size_t bytes) {
   const size_t size = (bytes + kPage - 1) / kPage * kPage;
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
+  if (p.limit == 0) return nullptr;
   Block found{nullptr, 0};
   for (size_t i = p.idle.size(); i-- > 0;) {  // what was used last is likeliest in a cache
     if (p.idle[i].size < size || p.idle[i].size > size + size / 8) continue;
@@ -55,11 +122,8 @@ void* take_buffer(size_t bytes) {
     break;
   }
   if (!found.data) {
-    found = {std::aligned_alloc(kPage, size), size};
+    found = {map_pages(size), size};
     if (!found.data) return nullptr;
-#if defined(__linux__)
-    madvise(found.data, size, MADV_HUGEPAGE);
-#endif
   }
   p.lent.emplace(found.data, found.size);
   p.lent_bytes += static_cast<int64_t>(found.size);
@@ -68,14 +132,19 @@ void* take_buffer(size_t bytes) {
 
 void release_buffer(void* buffer) {
   Pool& p = pool();
-  const std::lock_guard<std::mutex> lock(p.mutex);
-  const auto lent = p.lent.find(buffer);
-  const Block block{buffer, lent->second};
-  p.lent.erase(lent);
-  p.lent_bytes -= static_cast<int64_t>(block.size);
-  p.idle_bytes += static_cast<int64_t>(block.size);
-  p.idle.push_back(block);
-  shrink(p);
+  std::vector<Block> freed;
+  {
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    const auto lent = p.lent.find(buffer);
+    const Block block{buffer, lent->second};
+    p.lent.erase(lent);
+    p.lent_bytes -= static_cast<int64_t>(block.size);
+    if (static_cast<int64_t>(block.size) <= p.limit) offer_pages(block);
+    p.idle_bytes += static_cast<int64_t>(block.size);
+    p.idle.push_back(block);
+    freed = surplus(p);
+  }
+  free_all(freed);
 }
 
 PoolState pool_state() {
@@ -86,9 +155,13 @@ PoolState pool_state() {
 
 void limit_pool(int64_t bytes) {
   Pool& p = pool();
-  const std::lock_guard<std::mutex> lock(p.mutex);
-  p.limit = bytes < 0 ? 0 : bytes;
-  shrink(p);
+  std::vector<Block> freed;
+  {
+    const std::lock_guard<std::mutex> lock(p.mutex);
+    p.limit = bytes < 0 ? 0 : bytes;
+    freed = surplus(p);
+  }
+  free_all(freed);
 }
 
 }  // namespace batchnorm

@@ -61,9 +61,8 @@ bool fold(const TensorView& view, int64_t L, Operand& out) {
   int64_t length = 1, stride = 0;
   for (int i = view.ndim - 1; i >= 2; --i) {
     if (view.shape[i] == 1) continue;
-    if (stride == 0) stride = view.strides[i];
+    if (length == 1) stride = view.strides[i];
     else if (view.strides[i] != stride * length) return false;
-    if (stride == 0) return false;  // an expanded axis
     length *= view.shape[i];
   }
   out.stride_l = L == 1 ? 1 : stride;

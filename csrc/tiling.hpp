@@ -16,12 +16,19 @@ constexpr int64_t kBlockRows = 256;
 constexpr int64_t kColumnBlock = 1024;
 // Runs of one channel shorter than this many values are worked on as columns of a matrix instead.
 constexpr int64_t kShortRun = 512;
+// Where there is one pass only, and stores go through the caches, runs from this length on are worked on as they lie.
+constexpr int64_t kShortestRun = 32;
+// Values of one channel that make a piece of work, where a channel has too many for one.
+constexpr int64_t kLeastPiece = 8192, kMostPiece = 65536;
+// Values that make a piece of work where there is one pass only.
+constexpr int64_t kMapValues = 65536;
+// Rows of a matrix that one part of its statistics should have: merging a part costs as much as some dozen rows.
+constexpr int64_t kPartRows = 256;
 // How far ahead matrices are prefetched, at least: the group of rows in hand must be left behind, too.
 constexpr int64_t kPrefetchBytes = 4096;
 // Work for which a second thread is worth waking.
 constexpr int64_t kBytesPerThread = 64 << 10;
-// Parts that the statistics of one tensor are taken in, where channels are too few to share among the threads. Fixed,
-// so that a result depends on the shape only; more threads than this get one part each.
+// The most parts that the statistics of one matrix are taken in; more threads than this get one part each.
 constexpr int64_t kParts = 32;
 
 // What a channel group of the fused passes may hold of each tensor, so that it stays in the second-level cache
@@ -36,6 +43,22 @@ inline bool streams(int64_t bytes_read_and_written) { return bytes_read_and_writ
 
 inline int64_t bytes_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// Runs of one channel that make a piece of work where there is one pass only: some for each thread, if they suffice.
+inline int64_t runs_together(int64_t runs, int64_t length, int threads) {
+  const int64_t most = kMapValues / length > 1 ? kMapValues / length : 1, fair = runs / (4 * threads) + 1;
+  return most < fair ? most : fair;
+}
+
+// Parts that the statistics of a matrix are taken in.
+inline int64_t parts_of(int64_t rows, int64_t bytes, int threads) {
+  int64_t parts = bytes / (2 * kBytesPerThread);
+  if (parts > kParts) parts = kParts;
+  if (parts > rows / kPartRows) parts = rows / kPartRows;
+  if (parts < threads) parts = threads;
+  if (parts > rows / 8) parts = rows / 8;
+  return parts > 0 ? parts : 1;
 }
 
 // Threads that a call of so many bytes uses.

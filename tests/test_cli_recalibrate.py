@@ -87,7 +87,11 @@ def _expected():
 def test_pt(folder):
     result = _invoke()
     assert result.exit_code == 0, result.output
-    assert "2 layers recalibrated, 0 left alone: population, sequential reading, 7 batches" in result.output
+    assert "2 layers recalibrated, 0 left alone: population, sequential reading, 7 batches, 1 pass" in result.output
+    again = _invoke("--memory", "0", out="again.pt")
+    assert "2 passes" in again.output
+    torch.testing.assert_close(torch.load("again.pt", weights_only=True), torch.load("new.pt", weights_only=True))
+    (folder / "again.pt").unlink()
     new = torch.load("new.pt", weights_only=True)
     torch.testing.assert_close(new, dict(_expected()))
     assert not torch.equal(new["1.running_mean"], torch.load("w.pt", weights_only=True)["1.running_mean"])

@@ -63,7 +63,7 @@ def test_help_imports_no_framework():
 
 
 def test_list_names_every_claim(claims):
-    assert _invoke("study", "list").output == "first   first title\nsecond  second title\n"
+    assert _invoke("study", "list").output == "quick     first   first title\nquick     second  second title\n"
 
 
 def test_study_prints_a_line_for_each_verdict_then_the_table_and_the_paths(tmp_path, claims):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import moments
 from torch import nn
 
@@ -26,7 +29,7 @@ from batchnorm import (
     unfreeze,
     use_domain,
 )
-from batchnorm.errors import ArgumentError
+from batchnorm.errors import ArgumentError, BatchNormError
 
 F64 = torch.float64
 
@@ -98,18 +101,46 @@ def test_domains_share_weights_and_keep_their_own_statistics():
     assert len(kept["params"]) == 2
 
 
-def test_what_whitening_layers_do_not_take_part_in_is_said():
-    model = nn.Sequential(DecorrelatedBatchNorm(3), BatchNorm(3))
-    before = copy.deepcopy(model[0].state_dict())
-    report = recalibrate(model, [torch.randn(20, 3)])
-    assert [(one.name, one.why) for one in report.skipped] == [
-        ("0", "recalibrate does not estimate the covariances of DecorrelatedBatchNorm")
-    ]
-    torch.testing.assert_close(model[0].state_dict(), before, rtol=0, atol=0)
-    with pytest.raises(ArgumentError, match="0: DecorrelatedBatchNorm cannot wait"):
-        transaction(model).__enter__()
-    _, kept = parameter_groups(model, 0.1)
-    assert len(kept["params"]) == 4
+def _covariances(x, groups, mask=None):
+    """Mean and unbiased covariance of groups of channels, NumPy float64; x is (N, C, L)."""
+    rows = np.moveaxis(x.double().numpy(), 1, -1)
+    rows = rows[mask.numpy()] if mask is not None else rows.reshape(-1, x.shape[1])
+    parts = np.split(rows, groups, axis=1)
+    return rows.mean(0), np.stack([np.cov(part, rowvar=False) for part in parts])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, 40), max_size=8), st.sampled_from([torch.float32, F64]), st.booleans())
+def test_population_covariances_do_not_depend_on_the_split(cuts, dtype, is_masked):
+    x = (torch.randn(40, 6, 3, dtype=F64, generator=torch.Generator().manual_seed(1)) * 3 + 50).to(dtype)
+    mask = torch.rand(40, 3, generator=torch.Generator().manual_seed(2)) > 0.3 if is_masked else None
+    layer = DecorrelatedBatchNorm(6, group_size=3, dtype=F64)
+    edges = [0, *sorted(cuts), 40]
+    parts = list(itertools.pairwise(edges))
+    report = recalibrate(
+        layer,
+        parts,
+        forward=lambda layer, part: layer(x[slice(*part)], mask=None if mask is None else mask[slice(*part)]),
+    )
+    mean, covariance = _covariances(x, 2, mask)
+    np.testing.assert_allclose(layer.running_mean, mean, rtol=1e-12)
+    np.testing.assert_allclose(layer.running_covariance, covariance, rtol=1e-9, atol=1e-9)
+    assert report.layers[0].count == (120 if mask is None else int(mask.sum()))
+
+
+@pytest.mark.parametrize("sizes", [(32,), (8, 8, 8, 8), (1, 20, 0, 11)])
+def test_whitening_layers_in_a_transaction_commit_the_big_batch(sizes):
+    layer, big = (DecorrelatedBatchNorm(4, group_size=2, method="newton").double() for _ in range(2))
+    x = torch.randn(32, 4, 3, dtype=F64) * 3 + 1
+    with transaction(layer):
+        for part in x.split(sizes):
+            layer(part).sum().backward()
+        assert layer.num_batches_tracked == 0
+    big(x)
+    assert layer._stage is None
+    torch.testing.assert_close(layer.state_dict(), big.state_dict(), rtol=1e-10, atol=1e-10)
+    with pytest.raises(BatchNormError, match="in an open transaction already"), transaction(layer):
+        transaction(layer).__enter__()
 
 
 def test_a_frozen_batch_norm_has_nothing_to_recalibrate():

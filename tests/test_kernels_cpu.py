@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -18,7 +19,7 @@ from batchnorm.errors import ArgumentError
 from batchnorm.kernels import dispatch, reference
 from batchnorm.kernels.contract import Affine
 
-cpu = pytest.importorskip("batchnorm.kernels.cpu", reason="installed without the CPU core")
+cpu = pytest.importorskip("batchnorm.kernels.cpu", reason="installed without the CPU core", exc_type=ImportError)
 _cpu = pytest.importorskip("batchnorm.kernels._cpu")
 
 INSTRUCTION_SETS = _cpu.instruction_sets()
@@ -293,37 +294,88 @@ class TestDispatch:
         assert y.shape == (4, 3, 5)
 
 
-class TestPool:
-    @pytest.fixture(autouse=True)
-    def _limit(self):
-        before = _cpu.pool_state()[0] >> 20
-        cpu.limit_pool(64)
-        yield
-        cpu.limit_pool(before)
+GRADIENTS = {
+    "sum": lambda x: torch.ones(()).expand(x.shape),
+    "per-channel": lambda x: torch.randn(x.shape[1]).view(1, -1, *[1] * (x.ndim - 2)).expand(x.shape),
+    "pooled": lambda x: torch.randn(*x.shape[:2], *[1] * (x.ndim - 2)).expand(x.shape),
+    "contiguous": lambda x: torch.randn(x.shape),
+    "channels-last": lambda x: _channels_last(torch.randn(x.shape)),
+    "transposed": lambda x: torch.randn(x.shape[::-1]).permute(*range(x.ndim)[::-1]),
+}
 
-    def test_large_outputs_are_recycled(self):
-        x = torch.randn(4, 16, 512, 256)  # 32 MB
-        expected = torch.nn.functional.batch_norm(x, None, None, training=True)
-        y, _ = batch_norm(x)
-        torch.testing.assert_close(y, expected)
-        first = y.data_ptr()
-        assert _cpu.pool_state()[2] >= x.nbytes
-        del y
-        again, _ = batch_norm(x.contiguous(memory_format=torch.channels_last))
-        assert again.data_ptr() == first
-        assert again.is_contiguous(memory_format=torch.channels_last)
-        torch.testing.assert_close(again, expected)
-        kept = again.relu_()[1]  # a view keeps the buffer
-        del again
-        assert batch_norm(x)[0].data_ptr() != first
-        torch.testing.assert_close(kept, expected.relu()[1])
 
-    def test_no_more_lies_idle_than_the_limit(self):
-        x = torch.randn(2, 8, 1024, 512, dtype=torch.bfloat16)  # 16 MB
-        outputs = [batch_norm(x)[0] for _ in range(6)]
-        del outputs
-        assert 0 < _cpu.pool_state()[1] <= 64 << 20
-        cpu.limit_pool(0)
-        assert _cpu.pool_state()[1] == 0
-        batch_norm(x)
-        assert _cpu.pool_state()[1] == 0
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["planar", "channels-last"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_wide_stats_are_one_float64_pass(instruction_set, shape, layout, dtype):
+    x = (torch.randn(shape) * 2 + 100).to(dtype)
+    if layout == "channels-last":
+        x = _channels_last(x)
+    values = x.double().movedim(1, 0).reshape(shape[1], -1)
+    mean = values.mean(1)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        moments = cpu.wide_stats(x)
+        assert moments.count == values.shape[1]
+        torch.testing.assert_close(moments.mean, mean, rtol=1e-13, atol=0)
+        torch.testing.assert_close(moments.var, (values - mean[:, None]).square().mean(1), rtol=1e-11, atol=0)
+        results.append(moments)
+    assert torch.equal(results[0].mean, results[1].mean)
+    assert torch.equal(results[0].var, results[1].var)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 200), max_size=6), st.floats(-1e4, 1e4), st.sampled_from([1, 3, 49, 600]))
+def test_wide_stats_do_not_depend_on_the_split(cuts, mean, length):
+    x = torch.randn(200, 3, length, generator=torch.Generator().manual_seed(5)) + mean
+    edges = [0, *sorted(cuts), 200]
+    whole = cpu.wide_stats(x)
+    parts = [cpu.wide_stats(x[a:b]) for a, b in itertools.pairwise(edges)]
+    merged = parts[0].merge(*parts[1:])
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(merged.var, whole.var, rtol=1e-10, atol=0)
+
+
+def test_wide_stats_of_any_strides_nothing_and_nan():
+    x = torch.randn(6, 5, 4, 3)
+    for view in (x.transpose(2, 3), x[::2, 1:4], x.permute(3, 2, 1, 0), x[:, :, :1].expand(6, 5, 4, 3)):
+        moments = cpu.wide_stats(view)
+        values = view.double().movedim(1, 0).reshape(view.shape[1], -1)
+        torch.testing.assert_close(moments.mean, values.mean(1))
+        torch.testing.assert_close(moments.var, values.var(1, correction=0))
+    empty = cpu.wide_stats(x[:0])
+    assert empty.count == 0
+    assert not empty.mean.any()
+    assert not empty.var.any()
+    x[1, 2, 3, 0] = float("nan")
+    assert cpu.wide_stats(x).mean.isnan().tolist() == [False, False, True, False, False]
+    assert cpu.wide_stats(torch.zeros(2, 3, device="meta")) is None
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("shape", [(6, 80, 9, 8), (3, 5, 40, 40), (200, 70), (4, 1, 30), (300, 3), (2, 96, 7, 7)])
+@pytest.mark.parametrize("layout", ["planar", "channels-last"])
+def test_gradients_of_any_layout(gradient, shape, layout):
+    x = torch.randn(shape)
+    _compare(_channels_last(x) if layout == "channels-last" else x, gradient(x), activation="silu")
+
+
+@pytest.mark.parametrize("shape", [(40, 16, 7, 7), (9, 40, 14, 14), (2, 3, 5, 5), (5, 6, 700), (3000, 20), (50, 2100)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_halves_agree_with_the_whole(instruction_set, shape, threads):
+    """Statistics or the second pass alone are cut into work in ways of their own."""
+    torch.set_num_threads(threads)
+    x, dy = torch.randn(shape) + 3, torch.randn(shape)
+    affine = Affine(torch.rand(shape[1]) + 0.5, torch.randn(shape[1]), 1e-5, "silu")
+    for laid, gradient in ((x, dy), (_channels_last(x), _channels_last(dy))):
+        y, moments = cpu.forward(laid, affine)
+        alone = cpu.stats(laid)
+        torch.testing.assert_close((alone.mean, alone.var), (moments.mean, moments.var), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(cpu.apply(laid, moments, affine), y)
+        whole = cpu.backward(gradient, laid, moments, affine, is_estimated=True)
+        sums = cpu.backward_reduce(gradient, laid, moments, affine)
+        torch.testing.assert_close(sums.dz.float(), whole.sums.dz, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(sums.dz_xhat.float(), whole.sums.dz_xhat, rtol=1e-5, atol=1e-4)
+        dx, _ = cpu.backward_apply(gradient, laid, moments, affine, sums=sums)
+        torch.testing.assert_close(dx, whole.x, rtol=1e-5, atol=1e-5)

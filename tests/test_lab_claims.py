@@ -22,6 +22,7 @@ from batchnorm.lab.claims import (
     sigmoid_steps,
 )
 from batchnorm.lab.config import Job, Run
+from batchnorm.lab.drift import drift
 from batchnorm.lab.measures import find
 from batchnorm.lab.record import make_record
 from batchnorm.reporting.figures import look, to_svg
@@ -44,8 +45,8 @@ def drawn(claim: Claim, records: list[dict[str, Any]], measures: list[Measure]) 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=[claim.CARD.name for claim in CLAIMS])
 def test_a_claim_has_all_that_the_protocol_asks_for(claim: Claim) -> None:
-    for text in vars(claim.CARD).values():
-        assert text
+    for name, text in vars(claim.CARD).items():
+        assert text or name == "paper_figure"  # no paper has measured your network
         assert text == text.strip()
     jobs = claim.jobs(SEEDS, "quick")
     keys = [run.key for job in jobs for run in job.runs]
@@ -58,7 +59,7 @@ def test_a_claim_has_all_that_the_protocol_asks_for(claim: Claim) -> None:
 
 def test_names_of_claims_are_distinct_and_those_of_their_modules() -> None:
     names = [claim.CARD.name for claim in CLAIMS]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names)
     assert names == [claim.__name__.rpartition(".")[2] for claim in CLAIMS]  # type: ignore[attr-defined]
 
 
@@ -251,12 +252,12 @@ def test_the_rate_is_tuned_on_validation_rows() -> None:
 
 def test_drift_does_not_depend_on_the_scale_of_the_inputs() -> None:
     looks = np.cumsum(np.random.default_rng(0).uniform(size=(7, 2, 3, 5)), axis=2)
-    found = distribution_drift.drift(looks)
+    found = drift(looks)
     assert found.shape == (6, 2, 5)
-    assert distribution_drift.drift(10 * looks) == pytest.approx(found)
+    assert drift(10 * looks) == pytest.approx(found)
     shifted = looks + np.arange(7)[:, None, None, None]
-    assert distribution_drift.drift(shifted).sum() > found.sum()
-    assert (distribution_drift.drift(np.ones((3, 1, 3, 2))) == 0).all()
+    assert drift(shifted).sum() > found.sum()
+    assert (drift(np.ones((3, 1, 3, 2))) == 0).all()
 
 
 def test_distance_is_in_standard_deviations_of_the_truth() -> None:

@@ -12,7 +12,7 @@ import torch
 from cases import ACTIVATIONS, close, make_parameters
 from torch import nn
 
-from batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d, GhostBatchNorm
 from batchnorm.errors import StatisticsWarning
 
 NAN, INF = float("nan"), float("inf")
@@ -440,3 +440,22 @@ def test_extra_repr_names_what_is_ours():
     assert "activation='relu'" in repr(BatchNorm1d(3, activation="relu"))
     assert "(3, 8), eps=1e-05" in repr(BatchNorm((3, 8), channel_axis=(0, 2)))
     assert "channel_axis=(0, 2)" in repr(BatchNorm((3, 8), channel_axis=(0, 2)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (BatchNorm(3, channel_axis=-1), (4, 5, 3)),
+        (BatchNorm((2, 3), channel_axis=(0, 2)), (2, 4, 3)),
+        (GhostBatchNorm(3, ghost_size=32), (2, 3, 4, 4)),
+        (GhostBatchNorm(3, ghost_size=2), (2, 3, 4, 4)),
+    ],
+)
+def test_output_is_no_view_that_an_inplace_activation_may_not_write_to(layer, shape, training):
+    x = torch.randn(shape, requires_grad=True)
+    layer.train(training)
+    torch.relu_(layer(x)).sum().backward()
+    found, x.grad = x.grad, None
+    torch.relu(layer(x)).sum().backward()
+    torch.testing.assert_close(found, x.grad)

@@ -76,15 +76,16 @@ def _splits(draw, rows=60):
 
 
 @settings(max_examples=100, deadline=None)
-@given(_splits(), st.sampled_from([nn.BatchNorm1d, batchnorm.BatchNorm1d]))
-def test_population_does_not_depend_on_split_or_order(split, norm):
+@given(_splits(), st.sampled_from([nn.BatchNorm1d, batchnorm.BatchNorm1d]), st.sampled_from([None, 0]))
+def test_population_does_not_depend_on_split_or_order(split, norm, memory):
     """Each layer's statistics are those of one float64 pass over what enters it at inference."""
     sizes, order = split
     x = torch.randn(60, 4, dtype=F64, generator=torch.Generator().manual_seed(3)) * 5 + 2
     parts = x.split(sizes)
     model = _deep(norm)
-    report = recalibrate(model, [parts[i] for i in order])
+    report = recalibrate(model, [parts[i] for i in order], memory=memory)
     assert [change.count for change in report.layers] == [60] * 3
+    assert report.passes == (1 if memory is None else 3)
     for name, values in _inputs_of_layers(model, x).items():
         _assert_statistics(model.get_submodule(name), *_unbiased(values))
 
@@ -221,21 +222,23 @@ def test_fvcore_leaves_momentum_1_and_a_hook_behind_when_the_loader_is_short():
         assert _state(model) == state
 
 
-@pytest.mark.parametrize("reading", ["sequential", "batch"])
+@pytest.mark.parametrize(
+    ("reading", "memory", "failing"), [("sequential", None, 4), ("sequential", 0, 9), ("batch", None, 4)]
+)
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, batchnorm.BatchNorm1d])
-def test_an_error_in_the_middle_puts_everything_back(reading, norm):
+def test_an_error_in_the_middle_puts_everything_back(reading, memory, failing, norm):
     model = _deep(norm).train()
     model[3].eval()
     before, state = copy.deepcopy(model.state_dict()), _state(model)
 
     def forward(model, batch, calls=[0]):  # noqa: B006
         calls[0] += 1
-        if calls[0] == (4 if reading == "batch" else 9):
+        if calls[0] == failing:
             raise RuntimeError("the disk is gone")
         model(batch)
 
     with pytest.raises(RuntimeError, match="the disk is gone"):
-        recalibrate(model, torch.randn(70, 4, dtype=F64).split(10), reading=reading, forward=forward)
+        recalibrate(model, torch.randn(70, 4, dtype=F64).split(10), reading=reading, forward=forward, memory=memory)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert _state(model) == state
 
@@ -276,7 +279,7 @@ def test_random_states_are_kept_and_each_pass_sees_the_same_shuffle():
 
     model = _deep()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
-    report = recalibrate(model, loader, forward=forward, max_batches=3)
+    report = recalibrate(model, loader, forward=forward, max_batches=3, memory=0)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
@@ -444,7 +447,7 @@ def test_a_second_pass_that_lacks_batches_is_an_error():
     model = _deep()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ArgumentError, match="5 was reached in the first pass over the batches and not in pass 2"):
-        recalibrate(model, Once())
+        recalibrate(model, Once(), memory=0)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
@@ -454,6 +457,7 @@ def test_a_second_pass_that_lacks_batches_is_an_error():
         ({"estimator": "median"}, "estimator must be one of population, mean_of_batches, moving_average"),
         ({"reading": "both"}, "reading must be one of sequential, batch"),
         ({"max_batches": 0}, "max_batches must be an int of at least 1"),
+        ({"memory": -1}, "memory must be an int of bytes"),
         ({"layers": ["bn1"]}, "layers: 'bn1' is or contains no batch normalization layer"),
         ({"layers": nn.Linear(2, 2)}, "layers: the given Linear is or contains no"),
         ({"group": "world"}, "group must be a process group"),

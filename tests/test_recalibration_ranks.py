@@ -1,11 +1,14 @@
-"""recalibrate() on two gloo processes: unequal and empty ranks, a rank that fails, DistributedDataParallel."""
+"""recalibrate() on gloo processes: unequal and empty ranks, a rank that fails or dies, DistributedDataParallel."""
 
 from __future__ import annotations
 
 import datetime
+import os
+import threading
 import warnings
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -126,3 +129,84 @@ def _a_rank_that_fails_ends_the_others_with_its_name(ranks, failing):
     assert f"rank {failing} of 2 failed, nothing was changed here: OSError: the disk is gone" in message
     for one in (state, other):
         torch.testing.assert_close(one, _model().state_dict(), rtol=0, atol=0)
+
+
+# Ranks that take other ways, or do not come
+
+
+def _killed_in_the_middle(rank, memory):
+    """Rank 1 dies with its third batch in the model; what the others end with, and what is left of it."""
+
+    def forward(model, batch, seen=[]):  # noqa: B006
+        seen.append(batch)
+        if rank == 1 and len(seen) == (3 if memory is None else 12):
+            os._exit(1)
+        model(batch)
+
+    model = _model().train()
+    model[2].eval()
+    try:
+        recalibrate(model, _batches(), forward=forward, memory=memory)
+    except BatchNormError as error:
+        modes = [module.training for module in model]
+        hooks = sum(len(module._forward_pre_hooks) for module in model)
+        waiting = [thread for thread in threading.enumerate() if thread.name == "recalibrate"]
+        return type(error).__name__, str(error), model.state_dict(), modes, hooks, len(waiting)
+    return "no error"
+
+
+@pytest.mark.parametrize("memory", [None, 0], ids=["one pass", "passes"])
+def test_when_a_rank_is_killed_the_others_end_with_an_error_that_names_them_and_put_everything_back(tmp_path, memory):
+    found = ranks.run(_killed_in_the_middle, 3, tmp_path, memory, timeout=10)
+    assert found[1] is None
+    for rank in (0, 2):
+        name, message, state, modes, hooks, waiting = found[rank]
+        assert name == "RankError"
+        assert f"recalibrate: rank {rank} of 3 waited for the statistics of the other ranks" in message
+        torch.testing.assert_close(state, _model().state_dict(), rtol=0, atol=0)
+        assert modes == [True, True, False, True, True, True, True]
+        assert (hooks, waiting) == (0, 0)
+
+
+class _Paths(nn.Module):
+    """On some ranks the batches take another way."""
+
+    def __init__(self, rank):
+        super().__init__()
+        self.rank, self.first, self.second = rank, nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.second(self.first(x) if self.rank != 2 else x)
+
+
+def _four_ranks(rank):
+    """Batches of random sizes, ranks with none; batches that go through other layers on one rank."""
+    found = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = torch.randint(0, 9, (12,), generator=generator).tolist()
+        owners = torch.randint(0, 4, (12,), generator=generator).tolist()
+        x = torch.randn(sum(sizes), 3, dtype=torch.float64, generator=generator) * 4 + 1
+        model = _model()
+        report = recalibrate(model, [part for part, owner in zip(x.split(sizes), owners, strict=True) if owner == rank])
+        found.append((model.state_dict(), report.passes, x))
+    paths = _Paths(rank).double()
+    report = recalibrate(paths, _batches()[rank : rank + 1])
+    return found, paths.state_dict(), report.passes, report.why_passes
+
+
+def test_four_ranks_with_random_and_empty_shares_give_what_one_process_gives_on_everything(tmp_path):
+    results = ranks.run(_four_ranks, 4, tmp_path)
+    assert all(isinstance(one, tuple) for one in results), results
+    for found, *_ in results:
+        for state, passes, x in found:
+            model = _model()
+            recalibrate(model, [x])
+            assert passes == 1
+            for name, value in model.state_dict().items():
+                if "running" in name:
+                    torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-10)
+    for _, state, passes, why in results:
+        torch.testing.assert_close(state, results[0][1], rtol=0, atol=0)
+        assert passes > 1
+        assert "do not go through the same layers" in why

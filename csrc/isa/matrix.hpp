@@ -341,10 +341,7 @@ template <class Pass> class MatrixRun {
       fold_rows();
     }
     stream_ = stream && rows_are_aligned(call.y) && rows_are_aligned(call.dx) && rows_are_aligned(call.dresidual);
-    parts_ = bytes / (2 * kBytesPerThread);
-    const int64_t most = kParts > threads_ ? kParts : threads_;
-    parts_ = parts_ < 1 ? 1 : parts_ > most ? most : parts_;
-    if (parts_ > whole_.rows / 8) parts_ = whole_.rows / 8 > 0 ? whole_.rows / 8 : 1;
+    parts_ = parts_of(whole_.rows, bytes, threads_);
     map_rows_ = (256 << 10) / (whole_.columns * size) + 1;
     tile_channels(size, tensors);
   }
@@ -390,9 +387,9 @@ template <class Pass> class MatrixRun {
     return reinterpret_cast<uintptr_t>(out.data) % 64 == 0 && pitch * bytes_of(call_.dtype) % 64 == 0;
   }
 
-  // Channels of a tile, where both passes are asked for and the channels suffice for all threads; or none.
+  // Channels of a tile, where the first pass is asked for and the channels suffice for all threads; or none.
   void tile_channels(int64_t size, int tensors) {
-    if (call_.layout != Layout::planar || !call_.reduces || !call_.maps) return;
+    if (call_.layout != Layout::planar || !call_.reduces) return;
     const int64_t channel_bytes = call_.N * call_.L * size;
     int64_t unit = 1;  // channels that fill whole cache lines
     while (unit * call_.L * size % 64) unit *= 2;
@@ -427,6 +424,7 @@ template <class Pass> class MatrixRun {
     }
     const double count = run.pass_.reduce(grid, 0, grid.rows, false, of, first, second, room);
     run.pass_.finish(grid, count, first, second);
+    if (!call.maps) return;
     fill_coefficients(call, grid, Pass::kIsBackward, of, room);
     const int64_t ahead = next < 0 ? 0 : (next - index) * run.group_ * call.L;
     run.pass_.map(grid, 0, grid.rows, false, of, run.stream_, ahead);

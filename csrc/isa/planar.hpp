@@ -24,9 +24,8 @@ struct Pieces {
   int64_t rows, run, row_parts, run_parts;
 
   explicit Pieces(const Call& call) : call(call) {
-    constexpr int64_t least = 8192, most = 65536;  // values
-    run = call.L < most ? call.L : most;
-    rows = call.L < least ? (least + call.L - 1) / call.L : 1;
+    run = call.L < kMostPiece ? call.L : kMostPiece;
+    rows = call.L < kLeastPiece ? (kLeastPiece + call.L - 1) / call.L : 1;
     row_parts = (call.N + rows - 1) / rows;
     run_parts = (call.L + run - 1) / run;
   }
@@ -118,7 +117,6 @@ template <class T, Kind K> struct PlanarForward {
       apply_run<T, K>(at<T>(call.y, n, piece.c, piece.l0), x, at<const T>(call.residual, n, piece.c, piece.l0),
                       piece.l1 - piece.l0, of[piece.c], call.activation, stream, ahead ? x + ahead : nullptr);
     }
-    if (stream) finish_streams();
   }
 };
 
@@ -172,7 +170,6 @@ template <class T, Kind K> struct PlanarBackward {
                          at<const T>(call.residual, n, piece.c, piece.l0), mask_at(call, n, piece.l0),
                          piece.l1 - piece.l0, of[piece.c], call.activation, call.is_estimated, stream, ahead);
     }
-    if (stream) finish_streams();
   }
 };
 
@@ -192,7 +189,12 @@ template <class Pass> class PlanarRun {
     if (call_.reduces) reduce(threads);
     if (!call_.maps) return;
     for (int64_t c = 0; c < call_.C; ++c) pass_.prepare(c);
-    run_tasks(pieces_.number(), threads, map_piece, this);
+    if (!call_.reduces && call_.L < kMapValues) {
+      together_ = runs_together(call_.N * call_.C, call_.L, threads);
+      run_tasks((call_.N * call_.C + together_ - 1) / together_, threads, map_runs, this);
+    } else {
+      run_tasks(pieces_.number(), threads, map_piece, this);
+    }
   }
 
  private:
@@ -204,6 +206,7 @@ template <class Pass> class PlanarRun {
     pass.finish(c, pass.reduce(piece));
     pass.prepare(c);
     pass.map(piece, next < 0 ? 0 : (next - c) * pass.call.x.stride_c);
+    if (pass.stream) finish_streams();
   }
   static void reduce_piece(void* self, int64_t i, int64_t) {
     PlanarRun& run = *static_cast<PlanarRun*>(self);
@@ -219,6 +222,21 @@ template <class Pass> class PlanarRun {
       ahead = (then.n0 - piece.n0) * x.stride_n + (then.c - piece.c) * x.stride_c + then.l0 - piece.l0;
     }
     run.pass_.map(piece, ahead);
+    if (run.pass_.stream) finish_streams();
+  }
+  // Without a first pass there is no order but that of the memory.
+  static void map_runs(void* self, int64_t i, int64_t) {
+    const PlanarRun& run = *static_cast<PlanarRun*>(self);
+    const Call& call = run.call_;
+    const int64_t end = (i + 1) * run.together_ < call.N * call.C ? (i + 1) * run.together_ : call.N * call.C;
+    int64_t n = i * run.together_ / call.C, c = i * run.together_ % call.C;
+    for (int64_t r = i * run.together_; r < end; ++r) {
+      run.pass_.map({c, n, n + 1, 0, call.L}, 0);
+      if (++c < call.C) continue;
+      c = 0;
+      ++n;
+    }
+    if (run.pass_.stream) finish_streams();
   }
   // From the back, where the first pass has left the last pieces in the cache.
   Piece piece_to_map(int64_t i) const { return pieces_[call_.reduces ? pieces_.number() - 1 - i : i]; }
@@ -238,7 +256,7 @@ template <class Pass> class PlanarRun {
   Pass pass_;
   const Call& call_;
   Pieces pieces_;
-  int64_t channel_bytes_;
+  int64_t channel_bytes_, together_ = 1;
   Partial* partials_ = nullptr;
 };
 

@@ -56,11 +56,12 @@ template <class A> struct alignas(8) Coefficients {
   A constant;
 };
 
-// Independent accumulators hide the latency of the additions.
+// Four independent accumulators of each sum hide the latency of the additions. They have names of their own because an
+// array would stay in memory.
 template <class A> struct Sums {
-  Vector<A> first[4] = {}, second[4] = {};
-  double first_total() const { return total(first[0] + first[1] + first[2] + first[3]); }
-  double second_total() const { return total(second[0] + second[1] + second[2] + second[3]); }
+  Vector<A> a{}, b{}, c{}, d{}, aa{}, bb{}, cc{}, dd{};
+  double first_total() const { return total(a + b + c + d); }
+  double second_total() const { return total(aa + bb + cc + dd); }
 };
 
 // Adds x - shift and its square.
@@ -68,25 +69,23 @@ template <class T> inline void add_values(Sums<Arithmetic<T>>& sums, const T* x,
   using A = Arithmetic<T>;
   constexpr int64_t lanes = kLanes<A>;
   const Vector<A> about = broadcast(shift);
+  Sums<A> s = sums;  // in registers
+  auto add = [&](Vector<A>& first, Vector<A>& second, Vector<A> d) {
+    first += d;
+    second += d * d;
+  };
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const Vector<A> d = Storage<T>::load(x + i + k * lanes) - about;
-      sums.first[k] += d;
-      sums.second[k] += d * d;
-    }
+    add(s.a, s.aa, Storage<T>::load(x + i) - about);
+    add(s.b, s.bb, Storage<T>::load(x + i + lanes) - about);
+    add(s.c, s.cc, Storage<T>::load(x + i + 2 * lanes) - about);
+    add(s.d, s.dd, Storage<T>::load(x + i + 3 * lanes) - about);
   }
-  for (int k = 0; i + lanes <= n; i += lanes, ++k) {
-    const Vector<A> d = Storage<T>::load(x + i) - about;
-    sums.first[k] += d;
-    sums.second[k] += d * d;
-  }
-  if (i < n) {
-    const Vector<A> d = first_lanes<A>(n - i) ? load_part(x + i, n - i) - about : Vector<A>{};
-    sums.first[3] += d;
-    sums.second[3] += d * d;
-  }
+  if (i + lanes <= n) add(s.a, s.aa, Storage<T>::load(x + i) - about), i += lanes;
+  if (i + lanes <= n) add(s.b, s.bb, Storage<T>::load(x + i) - about), i += lanes;
+  if (i + lanes <= n) add(s.c, s.cc, Storage<T>::load(x + i) - about), i += lanes;
+  if (i < n) add(s.d, s.dd, first_lanes<A>(n - i) ? load_part(x + i, n - i) - about : Vector<A>{});
+  sums = s;
 }
 
 // The same where the mask is not 0; what it leaves out may be anything. Returns how many counted.
@@ -94,15 +93,15 @@ template <class T>
 inline int64_t add_masked_values(Sums<Arithmetic<T>>& sums, const T* x, const uint8_t* mask, int64_t n,
                                  Arithmetic<T> shift) {
   using A = Arithmetic<T>;
-  int64_t counted = 0;
+  typename Register<A>::Mask counted{};
   over_run(x, n, false, [&](int64_t i, auto how) {
-    const int64_t left = n - i < kLanes<A> ? n - i : kLanes<A>;
-    for (int64_t k = 0; k < left; ++k) counted += mask[i + k] != 0;
-    const Vector<A> d = lanes_of<A>(mask + i, left) ? take(x + i, how) - broadcast(shift) : Vector<A>{};
-    sums.first[0] += d;
-    sums.second[0] += d * d;
+    const auto counts = lanes_of<A>(mask + i, n - i < kLanes<A> ? n - i : kLanes<A>);
+    const Vector<A> d = counts ? take(x + i, how) - broadcast(shift) : Vector<A>{};
+    counted -= counts;
+    sums.a += d;
+    sums.aa += d * d;
   });
-  return counted;
+  return static_cast<int64_t>(total(counted));
 }
 
 // y = activation((x - mean) * scale + shift + residual). `ahead`: the run that is read next, or null.
@@ -131,7 +130,8 @@ inline void add_gradients(Sums<Arithmetic<T>>& sums, const T* dy, const T* x, co
   using V = Vector<A>;
   constexpr int64_t lanes = kLanes<A>;
   const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
-  auto add = [&](int64_t i, int k, auto how) {
+  Sums<A> s = sums;  // in registers
+  auto add = [&](V& first, V& second, int64_t i, auto how) {
     const V d = take(x + i, how) - mean;
     V dz = take(dy + i, how);  // lanes beyond the end are 0, and add nothing
     if constexpr (K != Kind::none) {
@@ -139,16 +139,19 @@ inline void add_gradients(Sums<Arithmetic<T>>& sums, const T* dy, const T* x, co
       if constexpr (HasResidual) z += take(residual + i, how);
       dz = before_activation<K>(dz, z, which);
     }
-    sums.first[k] += dz;
-    sums.second[k] += dz * d;
+    first += dz;
+    second += dz * d;
   };
   int64_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) add(i + k * lanes, k, Whole{});
+    add(s.a, s.aa, i, Whole{});
+    add(s.b, s.bb, i + lanes, Whole{});
+    add(s.c, s.cc, i + 2 * lanes, Whole{});
+    add(s.d, s.dd, i + 3 * lanes, Whole{});
   }
-  for (int k = 0; i + lanes <= n; i += lanes, ++k) add(i, k, Whole{});
-  if (i < n) add(i, 3, Part{n - i});
+  for (; i + lanes <= n; i += lanes) add(s.a, s.aa, i, Whole{});
+  if (i < n) add(s.d, s.dd, i, Part{n - i});
+  sums = s;
 }
 
 // dx = dz * scale + (x - mean) * by_x + constant, the last two where the mask counts; dresidual = dz.

@@ -169,15 +169,30 @@ template <class T> using Arithmetic = typename Storage<T>::A;
 
 // The first `count` lanes, the others 0.
 template <class T> inline Vector<Arithmetic<T>> load_part(const T* p, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 8) return (Doubles)_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1), p);
+  if constexpr (sizeof(T) == 4) return (Floats)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  if constexpr (sizeof(T) == 2) {
+    const __m256i part = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+    return Storage<T>::load(reinterpret_cast<const T*>(&part));
+  }
+#else
   T lanes[kLanes<Arithmetic<T>>];
   memset(lanes, 0, sizeof lanes);
   memcpy(lanes, p, count * sizeof(T));
   return Storage<T>::load(lanes);
+#endif
 }
 template <class T> inline void store_part(T* p, Vector<Arithmetic<T>> v, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 8) _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1), (__m512d)v);
+  else if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), (__m512)v);
+  else _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), (__m256i)Storage<T>::narrow(v));
+#else
   T lanes[kLanes<Arithmetic<T>>];
   Storage<T>::store(lanes, v);
   memcpy(p, lanes, count * sizeof(T));
+#endif
 }
 
 // All ones in the first `count` lanes, for vectors of A.
@@ -189,9 +204,11 @@ template <class A> inline typename Register<A>::Mask first_lanes(int64_t count) 
 
 // All ones where the byte of the mask is not 0; lanes from `count` on are zeros.
 template <class A> inline typename Register<A>::Mask lanes_of(const uint8_t* mask, int64_t count) {
-  typename Register<A>::Mask lane;
-  for (int i = 0; i < kLanes<A>; ++i) lane[i] = i < count && mask[i] ? -1 : 0;
-  return lane;
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes<A>)));
+  Bytes bytes{};
+  if (count == kLanes<A>) memcpy(&bytes, mask, sizeof bytes);
+  else memcpy(&bytes, mask, static_cast<size_t>(count));
+  return __builtin_convertvector(bytes, typename Register<A>::Mask) != 0;
 }
 
 template <class V> inline double total(V v) {

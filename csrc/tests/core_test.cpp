@@ -1,14 +1,23 @@
 // The core without Python, for the sanitizers: every way of cutting the work, every dtype, activation and instruction
 // set, against a plain float64 loop. Buffers are exactly as large as they must be, so that AddressSanitizer sees a step
 // beyond. Prints what fails and exits with 1.
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <thread>
 #include <vector>
 
+#if defined(__unix__)
+#include <sys/wait.h>
+#include <unistd.h>
+#endif
+
 #include "call.hpp"
+#include "parallel.hpp"
+#include "pool.hpp"
 #include "running.hpp"
 #include "select.hpp"
 #include "tiling.hpp"
@@ -91,6 +100,166 @@ struct Shape {
   int64_t N, C, L;
 };
 
+// One half at a time is cut into work in ways of its own; the results must be those of the whole.
+void halves(const Kernels& kernels, Call call, Call back, const Array& y, const Array& dx) {
+  const int64_t size = call.N * call.C * call.L;
+  const double tolerance = call.dtype == Dtype::float64 ? 1e-9 : call.dtype == Dtype::float32 ? 1e-4 : 6e-2;
+  std::vector<double> mean(call.mean, call.mean + call.C), var(mean.size()), sums(mean.size()), products(mean.size());
+  Array again(call.dtype, size), dx_again(call.dtype, size);
+  auto holds = [&](const Array& one, const Array& two) {
+    bool same = true;
+    for (int64_t i = 0; i < size; ++i) same &= std::abs(one.get(i) - two.get(i)) <= tolerance * (1 + std::abs(one.get(i)));
+    return same;
+  };
+  Call part = call;
+  part.y = {};
+  part.mean = mean.data();
+  part.var = var.data();
+  part.maps = false;
+  kernels.forward(part);
+  for (size_t c = 0; c < mean.size(); ++c)
+    check(std::abs(mean[c] - call.mean[c]) < 1e-5 && std::abs(var[c] - call.var[c]) < 1e-4 * (1 + call.var[c]),
+          "moments alone", call, kernels.name);
+  part = call;
+  part.y.data = again.bytes.data();
+  part.reduces = false;
+  kernels.forward(part);
+  check(holds(y, again), "y alone", call, kernels.name);
+  part = back;
+  part.sum_dz = sums.data();
+  part.sum_dz_xhat = products.data();
+  part.dx = part.dresidual = {};
+  part.maps = false;
+  kernels.backward(part);
+  part = back;
+  part.sum_dz = sums.data();
+  part.sum_dz_xhat = products.data();
+  part.dx.data = dx_again.bytes.data();
+  part.dresidual = {};
+  part.reduces = false;
+  kernels.backward(part);
+  check(holds(dx, dx_again), "dx alone", call, kernels.name);
+}
+
+// A gradient whose samples (planar) or positions (channels-last) are all one: pitches of 0.
+void test_repeated_gradient(const Kernels& kernels, Shape shape, Layout layout, int threads) {
+  const int64_t size = shape.N * shape.C * shape.L, piece = layout == Layout::planar ? shape.C * shape.L : shape.C;
+  Array x(Dtype::float32, size), whole(Dtype::float32, size), one(Dtype::float32, piece);
+  Array dx(Dtype::float32, size), expected(Dtype::float32, size);
+  std::mt19937 random(5);
+  std::normal_distribution<double> normal;
+  for (int64_t i = 0; i < size; ++i) x.set(i, normal(random));
+  for (int64_t i = 0; i < piece; ++i) one.set(i, normal(random));
+  for (int64_t i = 0; i < size; ++i) whole.set(i, one.get(i % piece));
+  std::vector<double> mean(static_cast<size_t>(shape.C)), var(mean.size(), 1.0), sums(mean.size()), products(mean.size());
+  Call call;
+  call.N = shape.N;
+  call.C = shape.C;
+  call.L = shape.L;
+  call.layout = layout;
+  call.activation = Activation::relu;
+  call.threads = threads;
+  call.count = shape.N * shape.L;
+  call.mean = mean.data();
+  call.var = var.data();
+  call.sum_dz = sums.data();
+  call.sum_dz_xhat = products.data();
+  auto operand = [&](Array& array) {
+    if (layout == Layout::channels_last) return Operand{array.bytes.data(), shape.C * shape.L, 1, shape.C};
+    return Operand{array.bytes.data(), shape.C * shape.L, shape.L, 1};
+  };
+  call.x = operand(x);
+  call.dy = operand(whole);
+  call.dx = operand(expected);
+  kernels.backward(call);
+  call.dy = operand(one);
+  call.dy.stride_n = 0;
+  if (layout == Layout::channels_last) call.dy.stride_l = 0;
+  call.dx = operand(dx);
+  kernels.backward(call);
+  bool same = true;
+  for (int64_t i = 0; i < size; ++i) same &= std::abs(dx.get(i) - expected.get(i)) < 1e-4;
+  check(same, "repeated gradient", call, kernels.name);
+}
+
+// Threads that take and give buffers and fork; children that do likewise.
+void test_pool() {
+  Call none;
+  limit_pool(64 << 20);
+  std::atomic<int> wrong{0};
+  auto work = [&](unsigned char mine) {
+    for (int i = 0; i < 60; ++i) {
+      const size_t size = static_cast<size_t>((1 + i % 3) << 22) + 5;
+      auto* one = static_cast<unsigned char*>(take_buffer(size));
+      auto* two = static_cast<unsigned char*>(take_buffer(size));
+      if (!one || !two || one == two) ++wrong;
+      std::memset(one, mine, size);
+      std::memset(two, mine + 1, size);
+      if (one[0] != mine || one[size - 1] != mine || two[size / 2] != mine + 1) ++wrong;
+      release_buffer(one);
+      release_buffer(two);
+    }
+  };
+  std::vector<std::thread> team;
+  for (int t = 0; t < 4; ++t) team.emplace_back(work, static_cast<unsigned char>(2 * t));
+#if defined(__unix__) && !defined(__SANITIZE_THREAD__)  // whose runtime does not follow into a fork of several threads
+  for (int i = 0; i < 5; ++i) {
+    const pid_t child = fork();
+    if (child == 0) {
+      void* buffer = take_buffer(10 << 20);
+      std::memset(buffer, 1, 10 << 20);
+      release_buffer(buffer);
+      _exit(0);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    wrong += status != 0;
+  }
+#endif
+  for (std::thread& member : team) member.join();
+  check(wrong == 0, "buffers", none, "pool");
+  check(pool_state().lent == 0 && pool_state().idle <= 64 << 20 && pool_state().idle > 0, "limit", none, "pool");
+  void* kept = take_buffer(9 << 20);
+  limit_pool(0);
+  check(pool_state().idle == 0 && take_buffer(9 << 20) == nullptr, "off", none, "pool");
+  release_buffer(kept);
+  check(pool_state().idle == 0 && pool_state().lent == 0, "given back", none, "pool");
+  check(usual_pool_limit() > 0 && usual_pool_limit() <= int64_t{512} << 20, "usual limit", none, "pool");
+}
+
+// Several threads call the core at once, as several Python threads would.
+void test_calls_at_once(const Kernels& kernels) {
+  std::vector<std::thread> team;
+  std::atomic<int> wrong{0};
+  for (int t = 0; t < 3; ++t)
+    team.emplace_back([&, t] {
+      const Shape shapes[] = {{20, 24, 49}, {4, 8, 2000}, {900, 40, 1}};
+      const Shape shape = shapes[t];
+      const int64_t size = shape.N * shape.C * shape.L;
+      std::vector<float> x(static_cast<size_t>(size)), y(x.size()), first;
+      for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i % 101);
+      std::vector<double> mean(static_cast<size_t>(shape.C)), var(mean.size());
+      Call call;
+      call.N = shape.N;
+      call.C = shape.C;
+      call.L = shape.L;
+      call.layout = shape.L == 1 ? Layout::channels_last : Layout::planar;
+      call.threads = 2;
+      call.count = shape.N * shape.L;
+      call.mean = mean.data();
+      call.var = var.data();
+      call.x = {x.data(), shape.C * shape.L, shape.L, shape.L == 1 ? shape.C : 1};
+      call.y = {y.data(), shape.C * shape.L, shape.L, shape.L == 1 ? shape.C : 1};
+      for (int i = 0; i < 10; ++i) {
+        kernels.forward(call);
+        if (i == 0) first = y;
+        wrong += first != y;
+      }
+    });
+  for (std::thread& member : team) member.join();
+  check(wrong == 0, "bit for bit again", Call{}, kernels.name);
+}
+
 void run(const Kernels& kernels, Shape shape, Layout layout, Dtype dtype, Activation activation, bool residual,
          bool masked, int threads) {
   const int64_t size = shape.N * shape.C * shape.L, positions = shape.N * shape.L;
@@ -146,6 +315,7 @@ void run(const Kernels& kernels, Shape shape, Layout layout, Dtype dtype, Activa
   back.sum_dz = sums.data();
   back.sum_dz_xhat = products.data();
   kernels.backward(back);
+  halves(kernels, call, back, y, dx);
 
   const double tolerance = dtype == Dtype::float64 ? 1e-7 : dtype == Dtype::float32 ? 1e-4
                            : dtype == Dtype::bfloat16 ? 6e-2 : 1e-2;
@@ -205,7 +375,8 @@ void test_running() {
 
 int main() {
   const Shape shapes[] = {{2, 3, 5}, {1, 1, 7}, {5, 17, 49}, {40, 64, 49}, {3, 4, 1000}, {2, 5, 9000},
-                          {1, 2, 70001}, {300, 3, 1}, {65, 100, 1}, {9, 300, 2}, {1000, 2, 3}, {4, 1100, 1}, {60, 3200, 1}};
+                          {1, 2, 70001}, {300, 3, 1}, {65, 100, 1}, {9, 300, 2}, {1000, 2, 3}, {4, 1100, 1}, {60, 3200, 1},
+                          {3, 6, 196}, {2100, 12, 1}};
   for (const Kernels* const* kernels = usable_kernels(); *kernels; ++kernels)
     for (const Shape& shape : shapes)
       for (Layout layout : {Layout::planar, Layout::channels_last})
@@ -217,6 +388,15 @@ int main() {
             run(**kernels, shape, layout, static_cast<Dtype>(dtype), activations[form], form % 2 == 1, form == 2,
                 1 + form % 3);
           }
+  for (const Kernels* const* kernels = usable_kernels(); *kernels; ++kernels) {
+    for (const Shape& shape : shapes)
+      for (int threads = 1; threads <= 2; ++threads) {
+        test_repeated_gradient(**kernels, shape, Layout::channels_last, threads);
+        if (shape.L > 1) test_repeated_gradient(**kernels, shape, Layout::planar, threads);
+      }
+    test_calls_at_once(**kernels);
+  }
+  test_pool();
   test_running();
   std::printf(failures ? "%d failed\n" : "all hold\n", failures);
   return failures != 0;

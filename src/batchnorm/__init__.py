@@ -27,8 +27,14 @@ if TYPE_CHECKING:
     from batchnorm.recalibration.estimation import recalibrate as recalibrate
     from batchnorm.recalibration.federation import merge_statistics as merge_statistics
     from batchnorm.stats.moments import Moments as Moments
+    from batchnorm.surgery.conversion import convert as convert
+    from batchnorm.surgery.exporting import export_onnx as export_onnx
+    from batchnorm.surgery.folding import fold as fold
     from batchnorm.surgery.freezing import freeze as freeze
     from batchnorm.surgery.freezing import unfreeze as unfreeze
+    from batchnorm.surgery.fusing import fuse_activations as fuse_activations
+    from batchnorm.surgery.onnx_folding import fold_onnx as fold_onnx
+    from batchnorm.surgery.porting.operation import port as port
 
 __version__ = "0.1.0"
 
@@ -38,10 +44,16 @@ _HOMES = {
     "BatchNorm1d": "batchnorm.layers.batch_norm",
     "BatchNorm2d": "batchnorm.layers.batch_norm",
     "BatchNorm3d": "batchnorm.layers.batch_norm",
+    "convert": "batchnorm.surgery.conversion",
     "FeatureNormalization": "batchnorm.layers.feature",
     "Moments": "batchnorm.stats.moments",
+    "export_onnx": "batchnorm.surgery.exporting",
+    "fold": "batchnorm.surgery.folding",
+    "fold_onnx": "batchnorm.surgery.onnx_folding",
     "freeze": "batchnorm.surgery.freezing",
+    "fuse_activations": "batchnorm.surgery.fusing",
     "merge_statistics": "batchnorm.recalibration.federation",
+    "port": "batchnorm.surgery.porting.operation",
     "parameter_groups": "batchnorm.layers.weight_decay",
     "recalibrate": "batchnorm.recalibration.estimation",
     "transaction": "batchnorm.layers.transactions",
@@ -69,9 +81,15 @@ __all__ = [
     "Moments",
     "SyncBatchNorm",
     "batch_norm",
+    "convert",
+    "export_onnx",
+    "fold",
+    "fold_onnx",
     "freeze",
+    "fuse_activations",
     "merge_statistics",
     "parameter_groups",
+    "port",
     "recalibrate",
     "transaction",
     "unfreeze",

@@ -23,5 +23,17 @@ class RankError(BatchNormError, RuntimeError):
     """A rank of a process group did not join a layer's collective operation in time."""
 
 
+class VerificationError(BatchNormError, RuntimeError):
+    """A result was compared with what it should equal, and does not; nothing was changed. `report` has the numbers."""
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class MissingPackageError(BatchNormError, ImportError):
+    """A package that the base installation does without is not there."""
+
+
 class StatisticsWarning(UserWarning):
     """Something kept a batch out of the running statistics."""

@@ -346,6 +346,8 @@ class _Normalise(torch.autograd.Function):
         work: _Work,
     ) -> torch.Tensor:
         y = work.forward(x, weight, bias, residual)
+        if y._is_view():  # autograd refuses in-place operations, as of nn.ReLU(inplace=True), on a Function's view
+            y = y.new_empty(0).set_(y)  # type: ignore[call-overload]
         # Without an activation the residual's value plays no part in backward, only its place.
         ctx.save_for_backward(x, weight, bias, residual if work.activation is not None else None)
         ctx.work, ctx.has_residual = work, residual is not None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from batchnorm.errors import ArgumentError
+from batchnorm.cli.surgery import check_out, network
 
 # What needs torch is imported inside the command, so that --help answers at once.
 
@@ -36,7 +36,7 @@ def recalibrate(
     out: Annotated[Path, typer.Option(help="Where the new state_dict goes: .safetensors, .pt or .pth.")],
     estimator: Annotated[EstimatorName, typer.Option(help="Which mean and variance.")] = EstimatorName.population,
     reading: Annotated[
-        ReadingName, typer.Option(help="Earlier layers use their new statistics, or those of each batch (one pass).")
+        ReadingName, typer.Option(help="Earlier layers use their new statistics, or those of each batch.")
     ] = ReadingName.sequential,
     layer: Annotated[
         list[str] | None, typer.Option(help="Only this layer, or the layers in this part; may be given several times.")
@@ -45,6 +45,10 @@ def recalibrate(
         str | None, typer.Option(help="package.module:function(model, batch), for batches of another kind.")
     ] = None,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Use this many batches at most.")] = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(min=0, help="Bytes of activations that may wait for the one sequential pass; 0: a pass a layer."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on stdout.")
@@ -55,21 +59,17 @@ def recalibrate(
     The factories take no arguments and are found from the current folder, too. Everything in WEIGHTS but running_mean,
     running_var and num_batches_tracked goes to OUT as it is. Exit status: 0 done, 2 bad input.
     """
-    if out.exists() and not force:
-        raise ArgumentError(f"{out} exists: pass --force to overwrite it, or choose another --out")
-    if not out.resolve().parent.is_dir():
-        raise ArgumentError(f"the folder of --out, {out.parent}, does not exist")
+    check_out(out, force=force)
 
     from batchnorm.cli import weights as files
     from batchnorm.cli.loading import from_module
     from batchnorm.recalibration import recalibrate as run
 
-    files.check_suffix(out)
     saved = files.read(weights)
-    network = _network(from_module(model, "MODEL")(), model)
-    files.load_into(network, saved, weights)
+    trained = network(model)
+    files.load_into(trained, saved, weights)
     report = run(
-        network,
+        trained,
         from_module(data, "--data")(),
         estimator=estimator.value,
         reading=reading.value,
@@ -77,18 +77,11 @@ def recalibrate(
         forward=None if forward is None else from_module(forward, "--forward"),
         max_batches=max_batches,
         group="local",
+        memory=memory,
     )
-    files.write(out, files.with_statistics(saved, network, [change.name for change in report.layers]))
+    files.write(out, files.with_statistics(saved, trained, [change.name for change in report.layers]))
     if as_json:
         typer.echo(json.dumps({**report.as_dict(), "out": str(out)}, indent=2))
     else:
         typer.echo(str(report))
         typer.echo(f"Written: {out}")
-
-
-def _network(made: Any, spec: str) -> Any:
-    import torch
-
-    if not isinstance(made, torch.nn.Module):
-        raise ArgumentError(f"{spec} must give a torch.nn.Module, got {type(made).__name__}")
-    return made

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from batchnorm.errors import ArgumentError
 
@@ -15,16 +16,30 @@ from batchnorm.errors import ArgumentError
 if TYPE_CHECKING:
     from batchnorm.lab.claim import Claim
 
+_OPTIONS = {"workers": "jobs"}
+"""Options that are called otherwise than their parameters."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
-app = typer.Typer(help="Measure the claims about batch normalization on real data.", invoke_without_command=True)
+
+class _Group(TyperGroup):
+    """`batchnorm study package.module:factory` is the command "network" with its first argument."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, ["network", *args] if args and ":" in args[0] else args)
+
+
+app = typer.Typer(
+    cls=_Group, help="Measure the claims about batch normalization on real data.", invoke_without_command=True
+)
 
 
 class TierName(str, Enum):
     """Sizes of the study."""
 
     quick = "quick"
+    standard = "standard"
+    full = "full"
 
 
 @app.callback()
@@ -33,7 +48,19 @@ def study(
     out: Annotated[Path, typer.Option(help="Folder for records, results and report; run again to resume.")] = Path(
         "study"
     ),
-    tier: Annotated[TierName, typer.Option(help="Size of the study.")] = TierName.quick,
+    tier: Annotated[
+        TierName,
+        typer.Option(help="quick: digits and wine, 2 minutes; standard: MNIST, 5 minutes; full: CIFAR-10, 15 minutes."),
+    ] = TierName.quick,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Images for standard and full: .npz, IDX files, CIFAR-10's archives, or a folder or .zip of images by "
+            "split and class. Without it MNIST or CIFAR-10 is downloaded once.",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--jobs", min=1, help="Processes that train side by side.")] = 2,
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds for each arm.")] = 3,
     claim: Annotated[
         list[str] | None, typer.Option(help="Only this claim; may be given several times. See: batchnorm study list")
@@ -53,11 +80,43 @@ def study(
         _refuse_beside_report_only(context)
         _report(report_only, display, as_json)
         return
-    _train(out, _chosen(claim or ()), range(seeds), tier, display)
-    _report(out, display, as_json)
-    if display.was_interrupted:
-        display.say(f"Interrupted. The same command goes on from here; finished runs are in {out}.")
-        raise typer.Exit(INTERRUPTED)
+    claims = _chosen(claim or (), tier.value)
+    options = {"seeds": tuple(range(seeds)), "tier": tier.value, "workers": workers, "images": _images(tier, data)}
+    _run(out, claims, options, display, as_json)
+
+
+@app.command("network", hidden=True)
+def network(
+    factory: Annotated[str, typer.Argument(metavar="NETWORK", help="package.module:factory, which makes the network.")],
+    data: Annotated[Path, typer.Option(metavar="PATH", help="Your images, as for the other tiers.")],
+    out: Annotated[Path, typer.Option(help="Folder for records, results and report; run again to resume.")] = Path(
+        "study-network"
+    ),
+    workers: Annotated[int, typer.Option("--jobs", min=1, help="Processes that train side by side.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Paired seeds for each arm.")] = 3,
+    claim: Annotated[list[str] | None, typer.Option(help="Only this claim; may be given several times.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json, and nothing else, on stdout.")] = False,
+) -> None:
+    """Run the claims that apply to any network on yours: `batchnorm study package.module:factory --data PATH`.
+
+    Rate window, batch size, inference statistics, gradients over depth, landscape; with its batch normalization,
+    without it, and with group normalization in its place.
+    """
+    from batchnorm.cli.study_display import Display
+    from batchnorm.lab.datasets.providing import stored_images
+    from batchnorm.lab.own import check_own
+
+    images = stored_images(data)
+    check_own(factory, images)
+    claims = _chosen(claim or (), "network")
+    options = {
+        "seeds": tuple(range(seeds)),
+        "tier": "network",
+        "workers": workers,
+        "images": images,
+        "network": factory,
+    }
+    _run(out, claims, options, Display(results_on_stdout=as_json), as_json)
 
 
 @app.command("list")
@@ -67,15 +126,54 @@ def list_claims() -> None:
 
     width = max((len(one.CARD.name) for one in CLAIMS), default=0)
     for one in CLAIMS:
-        typer.echo(f"{one.CARD.name:<{width}}  {one.CARD.title}")
+        typer.echo(f"{one.CARD.tier:<8}  {one.CARD.name:<{width}}  {one.CARD.title}")
 
 
-def _train(out: Path, claims: Sequence[Claim], seeds: Sequence[int], tier: TierName, display: Any) -> None:
+@app.command("compare")
+def compare_studies(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Output folder of a study.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Output folder of another one.")],
+    all_measures: Annotated[bool, typer.Option("--all", help="Every measure, not the headlines alone.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+) -> None:
+    """Show two studies side by side: verdicts and measures with their intervals.
+
+    Exit status: 0 all verdicts are the same, 1 one differs, 2 bad input.
+    """
+    import json
+    from dataclasses import asdict
+
+    from batchnorm.cli.study_display import show_comparison
+    from batchnorm.lab.comparison import compare
+
+    found = compare(first, second)
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=1, allow_nan=False))
+    else:
+        show_comparison(found, all_measures=all_measures)
+    if any(row.first.verdict != row.second.verdict for row in found.headlines):
+        raise typer.Exit(1)
+
+
+def _images(tier: TierName, data: Path | None) -> Path | None:
+    from batchnorm.lab.datasets.providing import DEFAULTS, images_for
+
+    if data is not None and tier.value not in DEFAULTS:
+        raise ArgumentError(f"--data goes with --tier {' or '.join(DEFAULTS)}; {tier.value} brings its own data")
+    return images_for(tier.value, data, shows_progress=True)
+
+
+def _run(out: Path, claims: Sequence[Claim], options: dict[str, Any], display: Any, as_json: bool) -> None:
+    """Trains what is missing and writes the report, of what is finished where Ctrl-C ends it."""
     from batchnorm.lab.study import run_study
 
     with display:
-        for judged in run_study(out, claims=claims, seeds=tuple(seeds), tier=tier.value, on_progress=display.progress):
+        for judged in run_study(out, claims=claims, on_progress=display.progress, **options):
             display.verdict(judged)
+    _report(out, display, as_json)
+    if display.was_interrupted:
+        display.say(f"Interrupted. The same command goes on from here; finished runs are in {out}.")
+        raise typer.Exit(INTERRUPTED)
 
 
 def _report(folder: Path, display: Any, as_json: bool) -> None:
@@ -87,23 +185,25 @@ def _report(folder: Path, display: Any, as_json: bool) -> None:
         typer.echo((folder / "results.json").read_text(encoding="utf-8"), nl=False)
 
 
-def _chosen(names: Sequence[str]) -> tuple[Claim, ...]:
-    """The claims of these names in the study's order; all of them where none is named."""
+def _chosen(names: Sequence[str], tier: str) -> tuple[Claim, ...]:
+    """The tier's claims of these names in the study's order; all of them where none is named."""
     from batchnorm.lab.claims import CLAIMS
 
-    known = [one.CARD.name for one in CLAIMS]
+    of_tier = [one for one in CLAIMS if one.CARD.tier == tier]
+    known = [one.CARD.name for one in of_tier]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ArgumentError(f"expected --claim to be one of {', '.join(known)}; got {', '.join(unknown)}")
-    return tuple(one for one in CLAIMS if not names or one.CARD.name in names)
+    return tuple(one for one in of_tier if not names or one.CARD.name in names)
 
 
 def _refuse_beside_report_only(context: typer.Context) -> None:
     """--report-only says which records to take; options that choose what to train would change nothing."""
-    for name in ("out", "tier", "seeds", "claim"):
+    for name in ("out", "tier", "data", "workers", "seeds", "claim"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
+            option = _OPTIONS.get(name, name)
             raise ArgumentError(
-                f"--report-only takes its records as they are and trains nothing: leave out --{name}, or leave out "
+                f"--report-only takes its records as they are and trains nothing: leave out --{option}, or leave out "
                 "--report-only"
             )

@@ -16,6 +16,7 @@ from rich.text import Text
 from batchnorm.reporting.numbers import interval, quantity
 
 if TYPE_CHECKING:
+    from batchnorm.lab.comparison import Comparison
     from batchnorm.lab.report import Judged
     from batchnorm.lab.study import Progress as ClaimProgress
 
@@ -100,6 +101,34 @@ class Display:
     def say(self, text: str) -> None:
         """Print a line."""
         self._console.print(Text(text), soft_wrap=True)
+
+
+def show_comparison(found: Comparison, *, all_measures: bool) -> None:
+    """Print two studies side by side.
+
+    Args:
+        found: the comparison.
+        all_measures: every measure instead of the headlines alone.
+    """
+    console = Console(highlight=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("Claim" if not all_measures else "Claim and measure", ratio=5)
+    for name in found.names:
+        table.add_column(f"{Path(name).name}: verdict", no_wrap=True)
+        table.add_column("Mean (95 % interval)", ratio=3)
+    table.add_column("Intervals", no_wrap=True)
+    for row in found.rows if all_measures else found.headlines:
+        cells = [
+            cell
+            for side in (row.first, row.second)
+            for cell in (_verdict(side.verdict), Text(_mean_and_interval({**vars(side), "unit": row.unit})))
+        ]
+        title = f"{row.title}: {row.label}" if all_measures else row.title
+        table.add_row(Text(title), *cells, "overlap" if row.agrees else "differ")
+    console.print(table)
+    for name, claims in zip(found.names, found.only, strict=True):
+        if claims:
+            console.print(Text(f"Only in {name}: {', '.join(claims)}"), soft_wrap=True)
 
 
 def _verdict(verdict: str, *, width: int = 0) -> Text:

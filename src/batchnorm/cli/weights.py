@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,17 +91,27 @@ def with_statistics(saved: Saved, model: torch.nn.Module, layers: Sequence[str])
 
 
 def write(path: Path, saved: Saved) -> None:
-    """Writes the file beside its place and moves it there, so that there is never half a file."""
+    """Writes the file whole or not at all."""
     check_suffix(path)
-    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    try:
+    with written_whole(path) as name:
         if path.suffix == ".safetensors":
             # The format knows no views and no shared storage.
             whole = {key: value.detach().cpu().contiguous().clone() for key, value in saved.tensors.items()}
             safetensors.torch.save_file(whole, name, metadata=saved.metadata or {"format": "pt"})
         else:
             torch.save(saved.tensors, name)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to, which is moved there at the end: there is never half a file.
+
+    On an error it is removed, and what stood at `path` stays.
+    """
+    handle, name = tempfile.mkstemp(dir=path.resolve().parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(name)
         os.chmod(name, 0o666 & ~_umask())  # mkstemp's files are for the owner only
         os.replace(name, path)
     finally:

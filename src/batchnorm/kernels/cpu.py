@@ -35,7 +35,9 @@ _ACTIVATIONS: dict[Activation | None, int] = {
 _cpu.set_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 if "BATCHNORM_CPU_ISA" in os.environ:
     _cpu.choose_instruction_set(os.environ["BATCHNORM_CPU_ISA"])
-_cpu.limit_pool(int(os.environ.get("BATCHNORM_POOL_MB", "0")) << 20)
+_cpu.limit_pool(
+    int(os.environ["BATCHNORM_POOL_MB"]) << 20 if "BATCHNORM_POOL_MB" in os.environ else _cpu.usual_pool_limit()
+)
 # A forked child has none of OpenMP's threads, and would wait for them for ever.
 os.register_at_fork(after_in_child=_cpu.forbid_threads)
 
@@ -91,6 +93,22 @@ def stats(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
     return Moments(mean, var, _forward(x, None, None, mask, mean, var, _NOTHING, True))
 
 
+def wide_stats(x: torch.Tensor) -> Moments | None:
+    """Moments of (N, C, L) `x` with every value widened to float64 first; None where the core cannot read it.
+
+    Slower than `stats`, which sums in float32 what came in float32, and the same to float64 rounding however the values
+    are split into tensors.
+    """
+    if not can_take(x):
+        return None
+    mean, var = _new_statistics(x)
+    threads = torch.get_num_threads()
+    count = _cpu.wide_stats(x, mean, var, threads)
+    if count < 0:  # strides that the core does not know
+        count = _cpu.wide_stats(x.contiguous(), mean, var, threads)
+    return Moments(mean, var, count)
+
+
 def apply(
     x: torch.Tensor, statistics: Statistics, affine: Affine, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -112,14 +130,14 @@ def backward(
 ) -> Gradients:
     """See `contract.Backend.backward`; the sums have the dtype of the weight where that is float32 or float64."""
     dx = _new_like(x)
-    dresidual = None if residual is None else _new_like(x)
+    dresidual = _new_residual_gradient(x, affine, residual)
     weight = affine.weight
     if weight is not None and weight.dtype in _WIDE:
         sums = BackwardSums(torch.empty_like(weight), torch.empty_like(weight))
     else:
         sums = _new_sums(x, torch.float64)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, True, is_estimated)
-    return Gradients(dx, dresidual, sums)
+    return Gradients(dx, dy if dresidual is None and residual is not None else dresidual, sums)
 
 
 def backward_reduce(
@@ -143,9 +161,9 @@ def backward_apply(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `contract.Backend.backward_apply`."""
     dx = _new_like(x)
-    dresidual = None if residual is None else _new_like(x)
+    dresidual = _new_residual_gradient(x, affine, residual)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, False, sums is not None)
-    return dx, dresidual
+    return dx, dy if dresidual is None and residual is not None else dresidual
 
 
 def update_running(
@@ -193,27 +211,37 @@ def core() -> Core:
     return Core(_cpu.instruction_set(), names, (level2, level3), _cpu.has_exchange_api(), pool)
 
 
-POOLED_BYTES = 16 << 20
-"""Outputs from this size on come from the pool; csrc/pool.hpp says why."""
-
-
 def limit_pool(megabytes: int) -> None:
-    """How much memory may lie idle in the pool of output buffers; 0, as at first, turns the pool off.
+    """How much memory may lie idle in the pool of output buffers; 0 turns the pool off.
 
     Buffers in use do not count: they are ordinary tensors, and return to the pool when the last reference to them
-    goes. BATCHNORM_POOL_MB in the environment sets the limit at start.
+    goes. BATCHNORM_POOL_MB in the environment sets the limit at start; without it that is 512, less on a small machine.
     """
     _cpu.limit_pool(megabytes << 20)
 
 
 def _new_like(x: torch.Tensor) -> torch.Tensor:
     """An output like x: torch.empty_like, or a recycled buffer where pages would have to be mapped afresh."""
-    if x.nbytes >= POOLED_BYTES and _cpu.pool_state()[0] > 0:
-        dense = x.is_contiguous() or (x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        pooled = _cpu.pooled_like(x) if dense and type(x) in _PLAIN_TENSORS else None
-        if pooled is not None:
-            return pooled
-    return torch.empty_like(x)
+    if x.nbytes < _cpu.POOLED_BYTES or not _is_dense(x):
+        return torch.empty_like(x)
+    capsule = _cpu.pooled_like(x)
+    if capsule is None:
+        return torch.empty_like(x)
+    # set_ rather than a view: what comes out of an autograd Function must not be one.
+    storage = torch.utils.dlpack.from_dlpack(capsule).untyped_storage()
+    return x.new_empty(0).set_(storage, 0, x.shape, x.stride())
+
+
+def _new_residual_gradient(x: torch.Tensor, affine: Affine, residual: torch.Tensor | None) -> torch.Tensor | None:
+    """Where to write dresidual; None where there is none, and where it is dy itself, without an activation."""
+    return None if residual is None or affine.activation is None else _new_like(x)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    if x.is_contiguous():
+        return True
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return last is not None and x.is_contiguous(memory_format=last)
 
 
 _NOTHING = Affine(None, None, 0.0, None)
@@ -227,13 +255,13 @@ def _new_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     channels = x.shape[1]
     like = _prototypes.get(channels)
     if like is None:
-        like = _prototypes[channels] = torch.empty(channels, dtype=torch.float64)
+        like = _prototypes[channels] = torch.empty(channels, dtype=torch.float64, device="cpu")
     return torch.empty_like(like), torch.empty_like(like)
 
 
 def _new_sums(x: torch.Tensor, dtype: torch.dtype) -> BackwardSums:
     channels = x.shape[1]
-    return BackwardSums(torch.empty(channels, dtype=dtype), torch.empty(channels, dtype=dtype))
+    return BackwardSums(x.new_empty(channels, dtype=dtype), x.new_empty(channels, dtype=dtype))
 
 
 def _forward(
@@ -291,8 +319,7 @@ def _backward(
         return
     # The gradient comes in another layout than x, as a rule; or x itself has strides that the core does not know.
     given = _contiguous(mask), _contiguous(weight), _contiguous(bias), mean.contiguous(), var.contiguous()
-    like = torch.empty_like(x) if dx is None else dx
-    dy_like, read_like = _like(dy, like), None if read is None else _like(read, like)
+    dy_like, read_like = _laid_out_like(x, dy), None if read is None else _laid_out_like(x, read)
     if _cpu.backward(dy_like, x, read_like, dx, dresidual, *given, *rest):
         return
     whole = None if dx is None else torch.empty(x.shape, dtype=x.dtype)
@@ -319,5 +346,17 @@ def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def _like(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(other).copy_(x)
+def _laid_out_like(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """`given` with the strides of x; where it is one number expanded, as sum() makes it, a piece that is repeated."""
+    if given.stride() == x.stride():
+        return given
+    if not any(given.stride()) and given.numel() > 1:
+        is_channels_last = x.ndim == 2 or (x.stride(1) == 1 and x.shape[1] > 1)
+        if not is_channels_last or x.shape[1] >= _WIDE_ROW:
+            piece = (slice(0, 1), slice(None), *(slice(0, 1) if is_channels_last else slice(None) for _ in x.shape[2:]))
+            return torch.empty_like(x[piece]).copy_(given[piece]).expand(x.shape)
+    return _new_like(x).copy_(given)
+
+
+_WIDE_ROW = 64
+"""Channels from which on the core needs not fold rows of channels-last tensors, which repeated ones do not allow."""

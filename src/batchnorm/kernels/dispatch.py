@@ -5,6 +5,7 @@ The environment variable BATCHNORM_BACKEND ("auto", "cpu" or "reference") says s
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import Literal, cast, get_args
 
@@ -22,7 +23,8 @@ try:
     from batchnorm.kernels import cpu
 except ImportError as error:
     _cpu: Backend | None = None
-    _why_no_cpu = str(error)
+    _is_compiled = importlib.util.find_spec("batchnorm.kernels._cpu") is not None
+    _why_no_cpu = str(error) if _is_compiled else "batchnorm was installed without it, as it could not be compiled"
 else:
     _cpu = cast(Backend, cpu)
     _why_no_cpu = ""
@@ -75,6 +77,16 @@ def update_running(
     if _cpu is None or _name == "reference":
         return None
     return cpu.update_running(running, tracked, batch, momentum)
+
+
+def wide_stats(x: torch.Tensor) -> Moments | None:
+    """Moments of (N, C, L) `x`, summed in float64 from the first addition on, where a backend does that at once.
+
+    See `kernels.cpu.wide_stats`.
+    """
+    if _cpu is None or _name == "reference" or torch.compiler.is_compiling():
+        return None
+    return cpu.wide_stats(x)
 
 
 def set_backend(name: BackendName) -> None:

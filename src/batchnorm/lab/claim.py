@@ -39,6 +39,7 @@ class Card:
         setup: What was trained here, on what, and how the arms were tuned.
         caveat: What this experiment cannot say.
         threshold: From which numbers on it counts as shown, or as partly shown.
+        tier: The tier that runs it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Card:
     setup: str
     caveat: str
     threshold: str
+    tier: Tier = "quick"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ Norm = Literal["none", "batch", "layer"]
 Placement = Literal["before", "after"]
 Init = Literal["gaussian", "fan_in"]
 Inputs = Literal["raw", "unit", "binarised", "standardised"]
-Data = Literal["digits", "wine"]
-Tier = Literal["quick"]
+Data = Literal["digits", "wine", "images"]
+Tier = Literal["quick", "standard", "full", "network"]
+OwnNorm = Literal["own", "none", "group"]
+ImageNorm = Literal["none", "batch", "group", "layer", "instance", "renorm", "ghost", "decorrelated", "noisy"]
+ImageKind = Literal["dense", "vgg", "inception", "plain", "residual"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,78 @@ class Training:
 
 
 @dataclass(frozen=True)
+class ImageNetwork:
+    """A network for images, one of those that `batchnorm.lab.networks` builds.
+
+    Attributes:
+        kind: "dense": `depth` hidden layers of `width` units; "vgg": six 3x3 convolutions, pooled after every second
+            one; "inception": three inception modules as the paper has them (its 5x5 made of two 3x3); "plain" and
+            "residual": `depth` 3x3 convolutions of `width` channels, the latter with a shortcut around every two.
+        norm: What normalises the output of each convolution or hidden layer, before its activation. "noisy" is batch
+            normalisation followed by noise whose mean and scale change at every step.
+        activation: After each normalisation.
+        depth: For the kinds that have one.
+        width: Channels or units; of "vgg" and "inception" the first, on which the others depend.
+        dropout: Share of the units in front of the output layer that are dropped in training ("dense": in front of
+            every layer but the first).
+        responses: Whether local response normalisation follows the first activations, as in plain Inception.
+        momentum: Weight of the new value in the running statistics of batch normalisation.
+    """
+
+    kind: ImageKind = "vgg"
+    norm: ImageNorm = "none"
+    activation: Literal["relu", "sigmoid", "identity"] = "relu"
+    depth: int = 6
+    width: int = 16
+    dropout: float = 0.0
+    responses: bool = False
+    momentum: float = 0.1
+
+
+@dataclass(frozen=True)
+class OwnNetwork:
+    """A network of the user's, as it is or with something else in the place of its batch normalization.
+
+    Attributes:
+        factory: package.module:factory, which makes it; "" until the study is told.
+        norm: "own" leaves it as it is; "none" puts nothing in the place of each batch normalization layer; "group"
+            puts group normalization there.
+    """
+
+    factory: str = ""
+    norm: OwnNorm = "own"
+
+
+@dataclass(frozen=True)
+class ImageTraining:
+    """Images and schedule: plain SGD on the softmax cross-entropy.
+
+    Attributes:
+        rows: How many of the training images are used, the first ones of a fixed shuffled order; 0 for all of them.
+        side: Images are averaged down to so many pixels a side; 0 leaves them as they are.
+        inputs: How pixels are prepared; see `batchnorm.lab.data.load`. "standardised" is by colour channel.
+        batch_size: Images in a mini-batch.
+        steps: Number of updates.
+        evaluations: The steps after which the network is evaluated, ascending.
+        weight_decay: L2 penalty on all weights but those of normalisations and biases.
+        decay: What the learning rate is multiplied by over the whole training, a little at each step.
+        order: "shuffled" anew in each pass, or "by_class": each batch holds images of one class.
+        data: Always the images that the study was given.
+    """
+
+    rows: int = 0
+    side: int = 0
+    inputs: Inputs = "standardised"
+    batch_size: int = 64
+    steps: int = 1000
+    evaluations: tuple[int, ...] = (0, 1000)
+    weight_decay: float = 0.0
+    decay: float = 1.0
+    order: Literal["shuffled", "by_class"] = "shuffled"
+    data: Data = "images"
+
+
+@dataclass(frozen=True)
 class Run:
     """One training: it gives one record, whatever stack it was trained in.
 
@@ -84,8 +159,8 @@ class Run:
     arm: str
     seed: int
     rate: float
-    network: Network
-    training: Training
+    network: Network | ImageNetwork | OwnNetwork
+    training: Training | ImageTraining
 
     @property
     def config(self) -> dict[str, Any]:
@@ -106,10 +181,26 @@ class Run:
 
 @dataclass(frozen=True)
 class Job:
-    """Runs that can be trained together as one stack: they may differ in seed, rate and initial scale only."""
+    """Runs that one process trains: as one stack, if they differ in seed, rate and initial scale only, or in turn.
+
+    Attributes:
+        claim: Name of the claim.
+        runs: What is trained.
+        images: Folder of the stored images that "images" means; "" where there are none. No part of a run's key:
+            records name the images by their hash.
+    """
 
     claim: str
     runs: tuple[Run, ...]
+    images: str = ""
+
+    def given(self, images: str, factory: str) -> Job:
+        """The same job on these images, and with the user's network where it has one."""
+        runs = tuple(
+            replace(run, network=replace(run.network, factory=factory)) if isinstance(run.network, OwnNetwork) else run
+            for run in self.runs
+        )
+        return replace(self, runs=runs, images=images)
 
 
 def even_steps(steps: int, every: int) -> tuple[int, ...]:
@@ -158,9 +249,10 @@ def stacked(runs: Iterable[Run], *, largest: int = 40) -> list[Job]:
     Returns:
         The jobs, in the order of their first runs.
     """
-    groups: dict[tuple[str, str, Training, Network], list[Run]] = {}
+    groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
-        alike = (run.claim, run.arm, run.training, replace(run.network, init_scale=1.0))
+        network = replace(run.network, init_scale=1.0) if isinstance(run.network, Network) else run.network
+        alike = (run.claim, run.arm, run.training, network)
         groups.setdefault(alike, []).append(run)
     jobs = []
     for group in groups.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -22,7 +23,7 @@ class Split:
     """Rows of a data set.
 
     Attributes:
-        x: Features, (rows, features), float32.
+        x: Features, (rows, features), float32; images (rows, channels, height, width).
         y: Class numbers, (rows,), int64.
     """
 
@@ -65,7 +66,7 @@ class Dataset:
             "name": self.name,
             "source": self.source,
             "rows": sum(len(part.y) for part in parts),
-            "features": self.train.x.shape[1],
+            "features": math.prod(self.train.x.shape[1:]),
             "split": self.rule,
             "sha256": self.sha256,
         }

@@ -2,7 +2,8 @@
 
 The first line of a file says that it is ours. Each session adds a line with what was asked for; each run adds
 
-    {"key", "claim", "arm", "seed", "rate", "config", "curves", "values", "seconds", "versions", "data"}
+    {"key", "claim", "arm", "seed", "rate", "config", "curves", "values", "seconds", "versions", "machine", "commit",
+     "data"}
 
     key        `Run.key`, under which a finished run is found again
     config     `Run.config`
@@ -10,6 +11,8 @@ The first line of a file says that it is ours. Each session adds a line with wha
     values     name -> anything else that was measured in the run
     seconds    compute time, in seconds: the time of the stack divided by its number of runs
     versions   of python, torch, numpy and this package
+    machine    processor and number of cores
+    commit     of the source, where it runs from a checkout; null elsewhere
     data       name and sha256 of the data set
 
 A line that a break-off left incomplete can only be the last one; it is dropped, and its run is trained again.
@@ -21,6 +24,7 @@ import json
 import math
 import os
 import platform
+import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,12 +49,16 @@ class Session:
         seeds: The seeds, ascending.
         claims: Names of the claims, in the study's order.
         environment: Of the machine that trained: see `environment`.
+        images: What "images" means in its runs, as results.json lists a data set; None where it had none.
+        network: The user's network, package.module:factory; "" where it had none.
     """
 
     tier: str
     seeds: tuple[int, ...]
     claims: tuple[str, ...]
     environment: Mapping[str, Any]
+    images: Mapping[str, Any] | None = None
+    network: str = ""
 
 
 def environment() -> dict[str, Any]:
@@ -62,8 +70,7 @@ def environment() -> dict[str, Any]:
         "numpy": versions["numpy"],
         "batchnorm": versions["batchnorm"],
         "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **_machine(),
     }
 
 
@@ -87,6 +94,8 @@ def make_record(
         "values": dict(values),
         "seconds": round(seconds, 4),
         "versions": _versions(),
+        "machine": _machine(),
+        "commit": _commit(),
         "data": {"name": run.training.data, "sha256": data_sha256},
     }
     plain: dict[str, Any] = _finite(record)
@@ -134,6 +143,8 @@ class RecordFile:
                     "seeds": list(session.seeds),
                     "claims": list(session.claims),
                     "environment": dict(session.environment),
+                    "images": None if session.images is None else dict(session.images),
+                    "network": session.network,
                 }
             }
         )
@@ -154,7 +165,17 @@ class RecordFile:
     def sessions(self) -> list[Session]:
         """What was asked for, the latest last."""
         found = [line["session"] for line in self._lines() if "session" in line]
-        return [Session(s["tier"], tuple(s["seeds"]), tuple(s["claims"]), s["environment"]) for s in found]
+        return [
+            Session(
+                s["tier"],
+                tuple(s["seeds"]),
+                tuple(s["claims"]),
+                s["environment"],
+                s.get("images"),
+                s.get("network", ""),
+            )
+            for s in found
+        ]
 
     def _append(self, lines: Iterable[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(line, separators=(",", ":"), allow_nan=False) + "\n" for line in lines)
@@ -215,6 +236,23 @@ def _versions() -> dict[str, str]:
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in ("torch", "numpy", "batchnorm")},
     }
+
+
+@lru_cache(maxsize=1)
+def _machine() -> dict[str, Any]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"processor": _processor(), "cores": cores}
+
+
+@lru_cache(maxsize=1)
+def _commit() -> str | None:
+    """The commit of the checkout that this file lies in; None where it is installed, or git is not there."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
 
 
 def _processor() -> str:

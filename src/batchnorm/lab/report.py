@@ -92,7 +92,8 @@ def write_report(folder: Path) -> dict[str, Any]:
         )
     judged, unfinished = _collect(sessions, file.records())
     with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as made:
-        results = _make(Path(made), sessions[-1], judged, unfinished)
+        images = next((session.images for session in sessions if session.images is not None), None)
+        results = _make(Path(made), sessions[-1], judged, unfinished, images)
         _move(Path(made), folder)
     return results
 
@@ -106,7 +107,7 @@ def _collect(sessions: Sequence[Session], records: Iterable[Record]) -> tuple[li
         session = asked.get(claim.CARD.name)
         if session is None:
             continue
-        jobs = claim.jobs(session.seeds, cast(Tier, session.tier))
+        jobs = [job.given("", session.network) for job in claim.jobs(session.seeds, cast(Tier, session.tier))]
         keys = [run.key for job in jobs for run in job.runs]
         if all(key in found for key in keys):
             judged.append(judge(claim, [found[key] for key in keys]))
@@ -115,7 +116,13 @@ def _collect(sessions: Sequence[Session], records: Iterable[Record]) -> tuple[li
     return judged, unfinished
 
 
-def _make(made: Path, session: Session, judged: Sequence[Judged], unfinished: Sequence[Claim]) -> dict[str, Any]:
+def _make(
+    made: Path,
+    session: Session,
+    judged: Sequence[Judged],
+    unfinished: Sequence[Claim],
+    images: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     from batchnorm.reporting.page import render_study
 
     drawings: dict[str, str] = {}
@@ -134,7 +141,7 @@ def _make(made: Path, session: Session, judged: Sequence[Judged], unfinished: Se
             "unfinished": [claim.CARD.title for claim in unfinished],
         },
         "environment": environment,
-        "data": _data(judged),
+        "data": _data(judged, images),
         "claims": claims,
     }
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -146,7 +153,7 @@ def _make(made: Path, session: Session, judged: Sequence[Judged], unfinished: Se
 
 def _draw(made: Path, judged: Judged) -> tuple[dict[str, str], list[dict[str, str]]]:
     """Write the figures of a claim; give them as SVG by file, and as results.json lists them."""
-    from batchnorm.reporting.figures import look, to_png, to_svg
+    from batchnorm.reporting.figures import look, to_pdf, to_png, to_svg
 
     (made / "figures").mkdir(exist_ok=True)
     svgs, listed = {}, []
@@ -157,6 +164,7 @@ def _draw(made: Path, judged: Judged) -> tuple[dict[str, str], list[dict[str, st
             svgs[f"{stem}.svg"] = to_svg(figure, alt)
             (made / f"{stem}.svg").write_text(svgs[f"{stem}.svg"], encoding="utf-8")
             (made / f"{stem}.png").write_bytes(to_png(figure))
+            (made / f"{stem}.pdf").write_bytes(to_pdf(figure))
             listed.append({"name": name, "file": f"{stem}.svg", "alt": alt})
     return svgs, listed
 
@@ -187,10 +195,13 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _data(judged: Sequence[Judged]) -> list[dict[str, Any]]:
+def _data(judged: Sequence[Judged], images: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     used = {record["data"]["name"]: record["data"]["sha256"] for one in judged for record in one.records}
     cards = []
     for name, sha256 in sorted(used.items()):
+        if name == "images":  # a folder has records of one set of images only
+            cards.append(dict(images or {"name": name, "sha256": sha256}))
+            continue
         card = load(cast(Data, name)).card
         if card["sha256"] != sha256:
             raise ArgumentError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +12,12 @@ from typing import Any
 
 from joblib import Parallel, delayed
 
+from batchnorm.errors import ArgumentError
 from batchnorm.lab.claim import Claim
 from batchnorm.lab.claims import CLAIMS
 from batchnorm.lab.config import Job, Tier
+from batchnorm.lab.datasets.stored import opened
+from batchnorm.lab.pictures import image_card
 from batchnorm.lab.record import RecordFile, Session, environment
 from batchnorm.lab.report import Judged, judge
 
@@ -41,6 +44,8 @@ def run_study(
     seeds: Sequence[int] = (0, 1, 2),
     tier: Tier = "quick",
     workers: int = 2,
+    images: Path | None = None,
+    network: str = "",
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Judged]:
     """Train what is not yet recorded, and give each claim with its verdict as soon as it and those before it are done.
@@ -55,17 +60,36 @@ def run_study(
         seeds: Seeds of the paired runs.
         tier: Size of the study.
         workers: Processes; 1 trains in this one. The numbers do not depend on it.
+        images: Folder of stored images, for claims that train on images; see `batchnorm.lab.datasets.stored`.
+        network: package.module:factory of the user's network, for the claims of the tier "network".
         on_progress: Called at the start for every claim, and after each job for the job's claim.
 
     Yields:
         Each claim with its records, measures and verdict.
 
     Raises:
-        ArgumentError: The folder holds something else than a study. Raised at the call, before anything is yielded.
+        ArgumentError: The folder holds something else than a study, or one of other images. Raised at the call,
+            before anything is yielded.
     """
     file = RecordFile(out)
-    file.open(Session(tier, tuple(seeds), tuple(claim.CARD.name for claim in claims), environment()))
-    return _finished(file, [_Asked(claim, claim.jobs(seeds, tier)) for claim in claims], workers, on_progress)
+    card = None if images is None else image_card(opened(images))
+    if card is not None:
+        _refuse_other_images(file, card)
+    names = tuple(claim.CARD.name for claim in claims)
+    file.open(Session(tier, tuple(seeds), names, environment(), card, network))
+    folder = "" if images is None else str(images)
+    asked = [_Asked(claim, [job.given(folder, network) for job in claim.jobs(seeds, tier)]) for claim in claims]
+    return _finished(file, asked, workers, on_progress)
+
+
+def _refuse_other_images(file: RecordFile, card: Mapping[str, Any]) -> None:
+    for session in file.sessions():
+        before = session.images
+        if before is not None and before["sha256"] != card["sha256"]:
+            raise ArgumentError(
+                f"the study in {file.path.parent} was trained on {before['name']} ({before['rows']} images), these are "
+                f"{card['name']} ({card['rows']}): choose another --out, or give the same images"
+            )
 
 
 @dataclass(frozen=True)

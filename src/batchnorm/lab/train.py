@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from batchnorm.errors import ArgumentError
-from batchnorm.lab.config import Job
+from batchnorm.lab.config import ImageTraining, Job, Network
 from batchnorm.lab.data import Dataset, Split, load
 from batchnorm.lab.models import Stack
+from batchnorm.lab.pictures import load_images
 from batchnorm.lab.record import make_record, significant
 
 _LARGEST_WEIGHT = 1e6
@@ -22,7 +24,7 @@ _LARGEST_WEIGHT = 1e6
 activation overflows: batch normalisation would leave the statistics of the whole stack alone at a value that is not
 finite, and so one network would touch another."""
 
-_ORDER_STREAM = 1  # apart from the stream of the initial weights
+ORDER_STREAM = 1  # apart from the stream of the initial weights
 
 
 class Probe(Protocol):
@@ -53,13 +55,14 @@ def train(job: Job, probe: Probe | None = None) -> list[dict[str, Any]]:
         ArgumentError: The runs differ in more than seed, rate and initial scale.
     """
     started = time.perf_counter()
-    with _one_thread():
+    with one_thread():
         training = job.runs[0].training
         if any(run.training != training for run in job.runs):
             raise ArgumentError("expected runs with the same training: put the others into another job")
-        data = load(training.data, training.inputs)
+        data = features_of(job)
+        networks = [run.network for run in job.runs if isinstance(run.network, Network)]
         stack = Stack(
-            [run.network for run in job.runs],
+            networks,
             [run.seed for run in job.runs],
             inputs=data.train.x.shape[1],
             classes=data.classes,
@@ -80,6 +83,18 @@ def train(job: Job, probe: Probe | None = None) -> list[dict[str, Any]]:
         )
         for k, run in enumerate(job.runs)
     ]
+
+
+def features_of(job: Job) -> Dataset:
+    """The data of a job with a row of features for each example, images flattened."""
+    training = job.runs[0].training
+    if not isinstance(training, ImageTraining):
+        return load(training.data, training.inputs)
+    data = load_images(job.images, rows=training.rows, side=training.side, inputs=training.inputs)
+    train, validation, test = (
+        Split(part.x.reshape(len(part.y), -1), part.y) for part in (data.train, data.validation, data.test)
+    )
+    return replace(data, train=train, validation=validation, test=test)
 
 
 def _descend(
@@ -144,7 +159,7 @@ def _batches(split: Split, seeds: Sequence[int], batch_size: int) -> Iterator[tu
     """Mini-batches x (K, N, features) and y (K, N) without end: the order of a network depends on its seed alone."""
     x, y = torch.from_numpy(split.x), torch.from_numpy(split.y)
     distinct = sorted(set(seeds))
-    generators = [np.random.default_rng((seed, _ORDER_STREAM)) for seed in distinct]
+    generators = [np.random.default_rng((seed, ORDER_STREAM)) for seed in distinct]
     which = torch.tensor([distinct.index(seed) for seed in seeds])
     while True:
         order = torch.from_numpy(np.stack([generator.permutation(len(split.y)) for generator in generators]))
@@ -173,7 +188,7 @@ class _HeldOut:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """One thread, so that two workers do not fight for two cores, and denormal numbers taken as 0.
 
     Where signals vanish, processors take ten times as long for numbers below 1e-38, which change nothing. Both

@@ -168,6 +168,11 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if not is_taken:
             warn_once(self)
 
+    def _new_stage(self) -> Stage:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return Stage.like(self.running_mean, self.running_var)
+
     def _check_input_dim(self, input: Tensor) -> None:
         if self.ranks is not None and input.dim() not in self.ranks:
             expected = " or ".join(f"{rank}D" for rank in self.ranks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,11 +17,15 @@ from batchnorm.kernels.view import View
 from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
 from batchnorm.layers.precision import widened
 from batchnorm.layers.shapes import check_channels, in_format_of
+from batchnorm.layers.stage import Stage, take
 from batchnorm.layers.tracing import as_one_node, is_traced
-from batchnorm.stats.moments import Moments
+from batchnorm.stats.grouped import GroupMoments
 from batchnorm.stats.whitening import newton, zca
 
 Method = Literal["zca", "newton"]
+
+_PART = 2**22
+"""Values that are widened to float64 at once."""
 
 
 class DecorrelatedBatchNorm(torch.nn.Module):
@@ -76,6 +80,7 @@ class DecorrelatedBatchNorm(torch.nn.Module):
     running_mean: Tensor | None
     running_covariance: Tensor | None
     num_batches_tracked: Tensor | None
+    _stage: Stage | None = None  # where batches wait for the end of a transaction
 
     def __init__(
         self,
@@ -145,8 +150,8 @@ class DecorrelatedBatchNorm(torch.nn.Module):
         else:
             keep = None if mask is None else view.fold_mask(mask).reshape(-1)
             batch, centred = _covariance(groups, keep)
-            covariance = batch.matrix
-            _check_count(batch.values, input)
+            covariance = batch.var
+            _check_count(batch.count, input)
             if self.training:
                 self._commit(batch)
         z = self._whitening(covariance).to(centred.dtype) @ centred
@@ -163,7 +168,24 @@ class DecorrelatedBatchNorm(torch.nn.Module):
         wide = covariance if covariance.device.type == "mps" else covariance.double()
         return zca(wide, self.eps) if self.method == "zca" else newton(wide, self.eps)
 
-    def _commit(self, batch: _Batch) -> None:
+    def moments(self, input: Tensor, mask: Tensor | None = None) -> GroupMoments:
+        """What the running statistics would get of an input, widened to float64 first; see forward for the arguments.
+
+        Large inputs are taken in parts, which changes nothing but the memory that it takes.
+        """
+        view = View.of(input, self.channel_axis)
+        folded, keep = view.fold(input.detach()), None if mask is None else view.fold_mask(mask)
+        rows = max(1, _PART * max(len(folded), 1) // max(folded.numel(), 1))
+        starts = range(0, max(len(folded), 1), rows)
+        parts = [
+            _covariance(
+                self._groups(folded[i : i + rows].double()), None if keep is None else keep[i : i + rows].reshape(-1)
+            )[0]
+            for i in starts
+        ]
+        return parts[0].merge(*parts[1:])
+
+    def _commit(self, batch: GroupMoments) -> None:
         """Takes a batch into the running statistics: the one place in which the layer's state changes."""
         mean, covariance = self.running_mean, self.running_covariance
         if mean is None or covariance is None or is_recomputed():
@@ -173,10 +195,20 @@ class DecorrelatedBatchNorm(torch.nn.Module):
                 "DecorrelatedBatchNorm cannot track statistics under torch.func, which slices what it would have to "
                 "merge: call eval() first, or make the layer with track_running_stats=False."
             )
-        # The running rules average each entry, with Bessel's correction, and take a matrix where others have variances.
-        buffers = Buffers(self._column(mean), covariance, self.num_batches_tracked)
-        if not commit(buffers, Moments(batch.mean.detach(), batch.matrix.detach(), batch.values), self.momentum):
+        batch = GroupMoments(batch.mean.detach(), batch.var.detach(), batch.count)
+        if self._stage is not None:
+            is_taken = take(self._stage, batch)
+        else:
+            # The running rules average each entry, and take a matrix where others have variances.
+            buffers = Buffers(self._column(mean), covariance, self.num_batches_tracked)
+            is_taken = commit(buffers, batch, self.momentum)
+        if not is_taken:
             warn_once(self)
+
+    def _new_stage(self) -> Stage:
+        assert self.running_mean is not None
+        assert self.running_covariance is not None
+        return Stage.like(self._column(self.running_mean), self.running_covariance)
 
     def _groups(self, x: Tensor) -> Tensor:
         """(N, C, L) as (C / d, d, N * L), at least float32."""
@@ -228,18 +260,7 @@ class DecorrelatedBatchNorm(torch.nn.Module):
         return ", ".join([shown, *(f"{k}={value!r}" for k, (value, default) in ours.items() if value != default)])
 
 
-class _Batch(NamedTuple):
-    """A batch's statistics, float64."""
-
-    mean: Tensor
-    """(C / d, d, 1)."""
-    matrix: Tensor
-    """(C / d, d, d): biased covariance."""
-    values: int | Tensor
-    """How many values a channel has."""
-
-
-def _covariance(groups: Tensor, keep: Tensor | None) -> tuple[_Batch, Tensor]:
+def _covariance(groups: Tensor, keep: Tensor | None) -> tuple[GroupMoments, Tensor]:
     """Mean and covariance of (G, d, M) over the M where `keep`, (M,) bool, is True; and the centred values, all M."""
     if keep is None:
         count: Any = groups.shape[-1]
@@ -257,7 +278,7 @@ def _covariance(groups: Tensor, keep: Tensor | None) -> tuple[_Batch, Tensor]:
     centred = groups - shift - rest
     values = _kept(centred, keep)
     matrix = (values @ values.mT) * share
-    return _Batch(shift.double() + rest.double(), matrix.double(), count), centred
+    return GroupMoments(shift.double() + rest.double(), matrix.double(), count), centred
 
 
 def _kept(values: Tensor, keep: Tensor | None) -> Tensor:

@@ -40,7 +40,8 @@ class FrozenBatchNorm(torch.nn.Module):
         bias: (C,), buffer; None without affine or with bias=False.
         running_mean: (C,), float32 or float64 buffer.
         running_var: (C,), likewise, as the BatchNorm layer kept it (unbiased).
-        num_batches_tracked: scalar int64 buffer, what the checkpoint said; plays no part.
+        num_batches_tracked: scalar int64 buffer, what the checkpoint said; plays no part. None if converted from
+            a layer without it.
 
     Example:
         >>> trained = torch.nn.BatchNorm1d(3)
@@ -57,7 +58,7 @@ class FrozenBatchNorm(torch.nn.Module):
     bias: Tensor | None
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor
+    num_batches_tracked: Tensor | None
 
     def __init__(
         self,
@@ -124,8 +125,12 @@ class FrozenBatchNorm(torch.nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        # Old checkpoints, and those of other libraries' frozen layers, have no count.
-        state_dict.setdefault(prefix + "num_batches_tracked", self.num_batches_tracked)
+        # Old checkpoints and other libraries' frozen layers have no count; nor do layers converted from the latter.
+        key = prefix + "num_batches_tracked"
+        if self.num_batches_tracked is None:
+            state_dict.pop(key, None)
+        else:
+            state_dict.setdefault(key, self.num_batches_tracked)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._keep_statistics_wide()
 

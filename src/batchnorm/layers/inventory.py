@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -39,11 +39,23 @@ def select(model: torch.nn.Module, layers: Layers = None) -> dict[str, BatchNorm
     found = batch_norm_layers(model)
     if not found:
         raise ArgumentError(f"{type(model).__name__} has no batch normalization layer (torch.nn's or batchnorm's).")
+    return chosen_of(found, layers)
+
+
+_Module = TypeVar("_Module", bound=torch.nn.Module)
+
+
+def chosen_of(found: dict[str, _Module], layers: Layers) -> dict[str, _Module]:
+    """Those of `found`, name -> layer of the model, that `layers` means, in their order; each must mean at least one.
+
+    Raises:
+        ArgumentError: a name or a module of `layers` means none.
+    """
     if layers is None:
         return found
     chosen: set[str] = set()
     for one in [layers] if isinstance(layers, str | torch.nn.Module) else layers:
-        meant = _names(model, one, found)
+        meant = _names(one, found)
         if not meant:
             what = f"{one!r}" if isinstance(one, str) else f"the given {type(one).__name__}"
             close = difflib.get_close_matches(one, found, n=3) if isinstance(one, str) else []
@@ -65,7 +77,7 @@ def has_statistics(layer: BatchNormalization) -> bool:
     return layer.track_running_stats and layer.running_mean is not None and layer.running_var is not None
 
 
-def _names(model: torch.nn.Module, one: str | torch.nn.Module, found: dict[str, BatchNormalization]) -> set[str]:
+def _names(one: str | torch.nn.Module, found: dict[str, Any]) -> set[str]:
     if isinstance(one, str):
         return {name for name in found if one in ("", name) or name.startswith(f"{one}.")}
     inside = set(one.modules())

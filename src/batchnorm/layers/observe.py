@@ -6,10 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ShapeError
+from batchnorm.kernels.dispatch import wide_stats
 from batchnorm.kernels.view import View
+from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
+from batchnorm.layers.inventory import BatchNormalization
+from batchnorm.layers.shapes import check_channels
 from batchnorm.stats.moments import Moments
 
 _PART_ON_CPU = 2**18
@@ -17,7 +20,7 @@ _PART_ON_CPU = 2**18
 _PART_ELSEWHERE = 2**25
 
 
-def input_moments(layer: _BatchNorm, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Moments:
+def input_moments(layer: BatchNormalization, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Moments:
     """Moments of the input of one call of `layer`, with its channel axis and its mask.
 
     The values are widened before anything is added up: the Moments of float32 activations are those of one float64
@@ -29,12 +32,16 @@ def input_moments(layer: _BatchNorm, args: Sequence[Any], kwargs: Mapping[str, A
         kwargs: keyword arguments of the call; `input` and `mask` are looked at.
 
     Returns:
-        Moments with the shape of the layer's running statistics, on the input's device.
+        Moments with the shape of the layer's running statistics, on the input's device; for DecorrelatedBatchNorm
+        GroupMoments.
 
     Raises:
         ShapeError: the input does not have the layer's channels.
     """
-    x: torch.Tensor = args[0] if args else kwargs["input"]
+    x = input_of(args, kwargs)
+    if isinstance(layer, DecorrelatedBatchNorm):
+        check_channels(layer, x)
+        return layer.moments(x, kwargs.get("mask"))
     axis = getattr(layer, "channel_axis", 1)
     if axis == 1 and x.ndim < 2:
         raise ShapeError(f"{layer!r} got an input of shape {tuple(x.shape)}: expected (N, C, ...).")
@@ -53,8 +60,16 @@ def input_moments(layer: _BatchNorm, args: Sequence[Any], kwargs: Mapping[str, A
     return Moments(whole.mean.reshape(expected), whole.var.reshape(expected), count)
 
 
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """The input among the arguments of a layer's call."""
+    x: torch.Tensor = args[0] if args else kwargs["input"]
+    return x
+
+
 def _in_parts(x: torch.Tensor, mask: torch.Tensor | None) -> Moments:
     """Moments of (N, C, L) `x` over N and L."""
+    if mask is None and (whole := wide_stats(x)) is not None:
+        return whole
     if x.device.type == "mps":  # has no float64
         return Moments.of(x, (0, 2), mask)
     most = _PART_ON_CPU if x.device.type == "cpu" else _PART_ELSEWHERE

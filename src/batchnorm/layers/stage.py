@@ -8,6 +8,7 @@ import torch
 
 from batchnorm.errors import BatchNormError
 from batchnorm.functional import can_read
+from batchnorm.stats.grouped import GroupMoments
 from batchnorm.stats.moments import Moments
 
 
@@ -16,21 +17,25 @@ class Stage:
     """Moments of the batches so far; written in place, so that compiled code is the same for the first and the last."""
 
     mean: torch.Tensor
-    """(C,), float64."""
+    """(C,), float64; or that of GroupMoments."""
     var: torch.Tensor
-    """(C,), float64, biased."""
+    """(C,), float64, biased; or that of GroupMoments."""
     count: torch.Tensor
-    """(C,), int64."""
+    """(C,), int64; or a scalar."""
     batches: torch.Tensor
     """Scalar, int64: batches taken, those without a value included."""
 
     @staticmethod
-    def like(statistics: torch.Tensor) -> Stage:
-        """An empty stage for running statistics, (C,)."""
-        wide = torch.float32 if statistics.device.type == "mps" else torch.float64
-        zero = torch.zeros_like(statistics, dtype=wide)
-        count = torch.zeros_like(statistics, dtype=torch.int64)
-        return Stage(zero, zero.clone(), count, torch.zeros((), dtype=torch.int64, device=statistics.device))
+    def like(mean: torch.Tensor, var: torch.Tensor) -> Stage:
+        """An empty stage for running statistics, (C,) each, or with covariances, (G, d, 1) and (G, d, d)."""
+        wide = torch.float32 if mean.device.type == "mps" else torch.float64
+        zero = torch.zeros((), dtype=torch.int64, device=mean.device)
+        count = torch.zeros_like(mean, dtype=torch.int64) if mean.shape == var.shape else zero.clone()
+        return Stage(torch.zeros_like(mean, dtype=wide), torch.zeros_like(var, dtype=wide), count, zero)
+
+    def moments(self, mean: torch.Tensor, var: torch.Tensor, count: torch.Tensor) -> Moments:
+        """Moments of the kind that is merged here."""
+        return (Moments if mean.shape == var.shape else GroupMoments)(mean, var, count)
 
 
 def take(stage: Stage, batch: Moments) -> bool:
@@ -48,13 +53,12 @@ def take(stage: Stage, batch: Moments) -> bool:
         is_usable = torch.isfinite(batch.mean + batch.var).all()
         if can_read(is_usable) and not bool(is_usable):
             return False
-        zero = torch.zeros_like(stage.mean)
-        new = Moments(
-            torch.where(is_usable, batch.mean, zero),
-            torch.where(is_usable, batch.var, zero),
+        new = stage.moments(
+            torch.where(is_usable, batch.mean, torch.zeros_like(stage.mean)),
+            torch.where(is_usable, batch.var, torch.zeros_like(stage.var)),
             is_usable * batch.count + torch.zeros_like(stage.count),
         )
-        whole = Moments(stage.mean, stage.var, stage.count).merge(new)
+        whole = stage.moments(stage.mean, stage.var, stage.count).merge(new)
         stage.mean.copy_(whole.mean)
         stage.var.copy_(whole.var)
         stage.count.copy_(torch.as_tensor(whole.count))
@@ -71,4 +75,4 @@ def staged_moments(stage: Stage) -> Moments | None:
     is_empty = stage.batches == 0
     if can_read(is_empty) and bool(is_empty):
         return None
-    return Moments(stage.mean.masked_fill(is_empty, float("nan")), stage.var, stage.count + is_empty)
+    return stage.moments(stage.mean.masked_fill(is_empty, float("nan")), stage.var, stage.count + is_empty)

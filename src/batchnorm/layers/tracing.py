@@ -1,7 +1,9 @@
-"""How layers look to torch.fx and to exporters: whole, as torch.nn's do."""
+"""How layers look to torch.fx and to exporters: whole, as torch.nn's do; and how compiled models run as they are."""
 
 from __future__ import annotations
 
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,3 +44,9 @@ def as_one_operator(
         weight, bias = weight.to(running.mean.dtype), None if bias is None else bias.to(running.mean.dtype)
     z = F.batch_norm(input, running.mean, running.var, weight, bias, training=False, eps=affine.eps)
     return activate(z if residual is None else z + residual, affine.activation)
+
+
+def uncompiled() -> AbstractContextManager[None]:
+    """Compiled models run uncompiled inside: hooks may come and go, and nothing is compiled for one call."""
+    # Importing the compiler takes seconds; where nobody has, nothing is compiled.
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()

@@ -13,9 +13,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from batchnorm.errors import ArgumentError, BatchNormError
 from batchnorm.layers.batch_norm import BatchNorm
 from batchnorm.layers.commit import Buffers, commit, is_recomputed
-from batchnorm.layers.inventory import has_statistics, select
+from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
+from batchnorm.layers.inventory import BatchNormalization, has_statistics, select
 from batchnorm.layers.observe import input_moments
 from batchnorm.layers.stage import Stage, staged_moments, take
+from batchnorm.stats.grouped import GroupMoments
 
 
 class Transaction:
@@ -62,7 +64,7 @@ def transaction(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None 
     batch; only the statistics of inference become its.
 
     Args:
-        model: with batch normalization layers, torch.nn's (not its SyncBatchNorm) or ours (not DecorrelatedBatchNorm).
+        model: with batch normalization layers, torch.nn's (not its SyncBatchNorm) or ours.
         optimizer: commit only if its step() happened inside. None commits at the end.
 
     Yields:
@@ -83,7 +85,7 @@ def transaction(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None 
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}.")
     opened = Transaction(optimizer)
-    staged: list[tuple[_BatchNorm, Stage]] = []
+    staged: list[tuple[BatchNormalization, Stage]] = []
     with ExitStack() as put_back:
         for name, layer in select(model).items():
             # A torch.nn layer in a transaction looks as if it kept no statistics.
@@ -93,19 +95,19 @@ def transaction(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None 
                 continue
             if isinstance(layer, torch.nn.SyncBatchNorm):
                 raise ArgumentError(f"{name}: torch.nn.SyncBatchNorm cannot wait; batchnorm.SyncBatchNorm can.")
-            if not isinstance(layer, _BatchNorm):
-                raise ArgumentError(f"{name}: {type(layer).__name__} cannot wait, as its covariances are not merged.")
-            assert layer.running_mean is not None
-            stage = Stage.like(layer.running_mean)
-            staged.append((layer, stage))
-            if isinstance(layer, BatchNorm):
+            if isinstance(layer, BatchNorm | DecorrelatedBatchNorm):
+                stage = layer._new_stage()
                 put_back.callback(setattr, layer, "_stage", None)
                 layer._stage = stage
             else:
+                assert layer.running_mean is not None
+                assert layer.running_var is not None
+                stage = Stage.like(layer.running_mean, layer.running_var)
                 put_back.callback(setattr, layer, "track_running_stats", True)
                 hook = partial(_stage_input, stage)
                 put_back.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 layer.track_running_stats = False  # its forward then uses the batch and writes nothing
+            staged.append((layer, stage))
         if optimizer is not None:
             put_back.callback(optimizer.register_step_post_hook(opened._count_step).remove)
         yield opened
@@ -124,11 +126,14 @@ def _is_staged_by_hook(layer: torch.nn.Module) -> bool:
     return any(getattr(hook, "func", None) is _stage_input for hook in layer._forward_pre_hooks.values())
 
 
-def _commit_staged(layer: _BatchNorm, stage: Stage) -> None:
+def _commit_staged(layer: BatchNormalization, stage: Stage) -> None:
     batch = staged_moments(stage)
     if batch is None:
         return
-    if isinstance(layer, BatchNorm):
+    if isinstance(layer, DecorrelatedBatchNorm):
+        assert isinstance(batch, GroupMoments)
+        layer._commit(batch)
+    elif isinstance(layer, BatchNorm):
         layer._commit(batch)
     elif layer.running_mean is not None and layer.running_var is not None:
         commit(Buffers(layer.running_mean, layer.running_var, layer.num_batches_tracked), batch, layer.momentum)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError
-from batchnorm.layers.inventory import Layers, has_statistics, is_frozen, select
+from batchnorm.layers.inventory import BatchNormalization, Layers, has_statistics, is_frozen, select
 from batchnorm.recalibration.report import Skipped
 
 
-def choose(model: torch.nn.Module, layers: Layers) -> tuple[dict[str, _BatchNorm], list[Skipped]]:
+def choose(model: torch.nn.Module, layers: Layers) -> tuple[dict[str, BatchNormalization], list[Skipped]]:
     """The layers to recalibrate, and those that are left alone.
 
     Raises:
@@ -21,7 +20,7 @@ def choose(model: torch.nn.Module, layers: Layers) -> tuple[dict[str, _BatchNorm
     _refuse_data_parallel(model)
     is_training = any(module.training for module in model.modules())
     is_trained = any(parameter.requires_grad for parameter in model.parameters())
-    chosen: dict[str, _BatchNorm] = {}
+    chosen: dict[str, BatchNormalization] = {}
     skipped: list[Skipped] = []
     for name, layer in selected.items():
         parameters = list(layer.parameters(recurse=False))
@@ -29,9 +28,6 @@ def choose(model: torch.nn.Module, layers: Layers) -> tuple[dict[str, _BatchNorm
             raise ArgumentError(f"{name} is not initialised yet: run the model once, then recalibrate.")
         if layers is not None and is_frozen(layer):
             raise ArgumentError(f"layers: {name} is frozen; unfreeze it first, or leave it out.")
-        if not isinstance(layer, _BatchNorm):
-            skipped.append(Skipped(name, f"recalibrate does not estimate the covariances of {type(layer).__name__}"))
-            continue
         why = None
         if not has_statistics(layer):
             why = "it keeps no running statistics"

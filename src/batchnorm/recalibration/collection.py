@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from batchnorm.layers.inventory import BatchNormalization
 from batchnorm.layers.observe import input_moments
+from batchnorm.recalibration.buffers import write
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -69,7 +70,7 @@ class Collector:
 
     def __init__(
         self,
-        layers: Mapping[str, _BatchNorm],
+        layers: Mapping[str, BatchNormalization],
         *,
         settled: Mapping[str, Running],
         settled_calls: Iterable[Call],
@@ -104,32 +105,32 @@ class Collector:
                 on_batch()
         return Collected(number, list(self._calls), self._later, self._seen)
 
-    def _before(self, name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, name: str, layer: BatchNormalization, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = (name, self._counts[name])
         self._counts[name] += 1
         self._calls.setdefault(call)
         if self._counts.total() > 1:
             self._later.add(call)
         if call in self._settled_calls:
-            _write(layer, self._settled[name])
+            write(layer, self._settled[name])
             return
         moments = input_moments(layer, args, kwargs)
         if self._target in (None, call):
             self._keep(call, Seen(self._batch, 0, call[1], moments))
         if self._target == call:
             raise _Enough
-        _write(layer, Running(moments.mean, moments.var))  # biased, as in training
+        write(layer, Running(moments.mean, moments.var))  # biased, as in training
 
     def _keep(self, call: Call, seen: Seen) -> None:
         kept = self._seen.setdefault(call, [])
         kept.append(seen)
         if self._merges and len(kept) >= _MERGE_AFTER:
-            moments = kept[0].moments.merge(*(one.moments for one in kept[1:]))
-            kept[:] = [seen._replace(moments=moments, merged=sum(one.merged for one in kept))]
+            kept[:] = merged(kept)
 
 
-def _write(layer: _BatchNorm, statistics: Running) -> None:
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
-    layer.running_mean.copy_(statistics.mean)
-    layer.running_var.copy_(statistics.var)
+def merged(seen: list[Seen]) -> list[Seen]:
+    """The same as one, with the number of the last batch; nothing stays nothing."""
+    if len(seen) < 2:
+        return seen
+    moments = seen[0].moments.merge(*(one.moments for one in seen[1:]))
+    return [seen[-1]._replace(moments=moments, merged=sum(one.merged for one in seen))]

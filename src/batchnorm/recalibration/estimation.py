@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, get_args
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from batchnorm.errors import ArgumentError, BatchNormError, ShapeError
-from batchnorm.layers.inventory import Layers
+from batchnorm.layers.inventory import BatchNormalization, Layers
+from batchnorm.layers.random_state import random_state_kept
+from batchnorm.recalibration.buffers import by_channel, initial, write
 from batchnorm.recalibration.choice import choose
 from batchnorm.recalibration.collection import Call, Collected, Collector, Forward, Seen
+from batchnorm.recalibration.lockstep import DECLINED, END, Lockstep
 from batchnorm.recalibration.progress import Bar
 from batchnorm.recalibration.ranks import Group, number_of_ranks, together
 from batchnorm.recalibration.report import Estimator, LayerChange, Reading, RecalibrationReport, Skipped
-from batchnorm.recalibration.restoration import lent_in_evaluation, random_state_kept
+from batchnorm.recalibration.restoration import lent_in_evaluation
 from batchnorm.recalibration.source import Source, on_first_input
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.population import mean_of_batches, moving_average, population
@@ -33,6 +36,7 @@ def recalibrate(
     group: Group = None,
     max_batches: int | None = None,
     reading: Reading = "sequential",
+    memory: int | None = None,
 ) -> RecalibrationReport:
     """Estimates the inference statistics of a model's batch normalization layers again, in place, from data.
 
@@ -42,11 +46,14 @@ def recalibrate(
     modes, momentum, hooks, all other buffers and the state of the random generators are put back, on an error too.
 
     Readings. "sequential": each layer sees activations that the layers before it have normalised with the statistics
-        that they will use at inference. Layers are settled one after the other in the order of use; each costs a pass
-        over the data as far as that layer, about half as many forward passes as there are layers in all. Only this
-        reading does not depend on how the data are split into batches beyond the first layer.
-        "batch": each layer sees activations normalised with the statistics of their batch, as in training: one pass.
-        For a model with one layer the two are the same.
+        that they will use at inference. Only this reading does not depend on how the data are split into batches beyond
+        the first layer. It takes one pass: every batch waits in front of a layer, in the middle of its forward, until
+        all have come and the layer is settled. Where that cannot be, it takes a pass as far as each layer, about half
+        as many forward passes as there are layers in all; the report then says why: the waiting activations need more
+        than `memory`; batches go through different layers, or twice through one; the model keeps something in its
+        modules from one layer to the next. (A model that keeps it elsewhere, as in a global variable, needs memory=0.)
+        "batch": each layer sees activations normalised with the statistics of their batch, as in training: one pass,
+        and nothing waits. For a model with one layer the two are the same.
 
     Estimators. "population": all values of a channel, exactly, as one float64 pass over them. "mean_of_batches": the
         paper's (Ioffe & Szegedy 2015, Alg. 2), without the variance between batch means. "moving_average": what the
@@ -70,6 +77,8 @@ def recalibrate(
             rank must then call), "local" this process alone.
         max_batches: use this many batches at most, on each rank.
         reading: see above.
+        memory: bytes of activations that may wait in the sequential reading, by an estimate; None takes half of what is
+            free, 0 makes a pass for each layer.
 
     Returns:
         The report: how far each layer's statistics were off, and what was left alone.
@@ -79,6 +88,7 @@ def recalibrate(
             pass.
         ShapeError: too few values a channel for a variance.
         BatchNormError: a value that enters a layer is not finite, or another rank failed.
+        RankError: another rank did not arrive within the group's timeout, or is gone.
 
     A reused layer gets the statistics of all its calls together. In the sequential reading its later calls are
     collected while the earlier ones use what is settled until then, which is not quite what they will use in the end.
@@ -94,7 +104,7 @@ def recalibrate(
         (6.0, 34.6667)
     """
     start = time.perf_counter()
-    _check(estimator, reading, max_batches, batches)
+    _check(estimator, reading, max_batches, memory, batches)
     ranks = number_of_ranks(group)
     chosen, skipped = choose(model, layers)
     source = Source(batches, max_batches, is_repeated=reading == "sequential")
@@ -102,12 +112,12 @@ def recalibrate(
         work = _Estimation(model, chosen, estimator, source, forward or on_first_input, group, bar)
         if chosen:
             with lent_in_evaluation(model):
-                work.run(reading)
+                work.run(reading, memory)
     skipped += [Skipped(name, "no batch went through it") for name in chosen if name not in work.estimates]
     changes = _write(chosen, work.estimates, work.seen)
     seconds = time.perf_counter() - start
     return RecalibrationReport(
-        estimator, reading, tuple(changes), tuple(skipped), work.batches, work.passes, ranks, seconds
+        estimator, reading, tuple(changes), tuple(skipped), work.batches, work.passes, ranks, seconds, work.why
     )
 
 
@@ -117,7 +127,7 @@ class _Estimation:
     def __init__(
         self,
         model: torch.nn.Module,
-        layers: Mapping[str, _BatchNorm],
+        layers: Mapping[str, BatchNormalization],
         estimator: Estimator,
         source: Source,
         forward: Forward,
@@ -127,6 +137,7 @@ class _Estimation:
         self.estimates: dict[str, Running] = {}
         self.seen: dict[str, list[Seen]] = {}
         self.batches = self.passes = 0
+        self.why: str | None = None  # there are several passes
         self._model = model
         self._layers = layers
         self._estimator: Estimator = estimator
@@ -135,12 +146,48 @@ class _Estimation:
         self._group: Group = group
         self._bar = bar
 
-    def run(self, reading: Reading) -> None:
-        """Fills `estimates`. The first pass is the batch reading, and shows the order of the calls for the other."""
+    def run(self, reading: Reading, memory: int | None) -> None:
+        """Fills `estimates`."""
+        if reading == "batch" or not self._in_lockstep(memory):
+            self._in_passes(reading)
+
+    def _in_lockstep(self, memory: int | None) -> bool:
+        """The sequential reading in one pass; False, and nothing done, where that cannot be."""
+        merges = self._estimator == "population"
+        lockstep = Lockstep(self._model, self._layers, self._forward, limit=memory, merges=merges)
+        with random_state_kept(self._model), lockstep:
+            batches: Iterable[Any] | None = self._source
+            for settled in range(len(self._layers) + 1):
+                self._bar.begin(self._source.length())
+                frontier = partial(lockstep.frontier, batches, on_batch=self._bar.advance)
+                found = together(frontier, self._group, list(self._layers))
+                self.batches, batches = found.batches, None
+                if not found.calls:
+                    self._check_batches()
+                if len(found.calls) > 1 or found.calls == [DECLINED]:
+                    break
+                if found.calls == [END]:
+                    self.passes = 1
+                    return True
+                name = found.calls[0][0]
+                self._take(found.calls[0], found)
+                self.estimates[name] = self._estimate(name)
+                write(self._layers[name], self.estimates[name])
+                self._bar.layer(name, settled + 1, len(self._layers))
+        self.why = lockstep.why or "on another rank the batches do not go through the same layers in the same order"
+        self.estimates.clear()
+        self.seen.clear()
+        return False
+
+    def _check_batches(self) -> None:
+        if self.batches == 0:
+            raise ArgumentError("no batches came: pass a DataLoader or an iterable with at least one batch.")
+
+    def _in_passes(self, reading: Reading) -> None:
+        """The first pass is the batch reading, and shows the order of the calls for the sequential one."""
         first = self._pass(target=None, settled=[])
         self.batches = first.batches
-        if first.batches == 0:
-            raise ArgumentError("no batches came: pass a DataLoader or an iterable with at least one batch.")
+        self._check_batches()
         # What enters a call that comes first in every forward is the same in both readings.
         known = first.calls if reading == "batch" else [call for call in first.calls if call not in first.later]
         for call in known:
@@ -186,7 +233,7 @@ class _Estimation:
         try:
             if not parts:
                 raise ShapeError("no values came, only empty batches")
-            estimate = _ESTIMATORS[self._estimator](parts, self._layers[name].momentum)
+            estimate = _ESTIMATORS[self._estimator](parts, self._layers[name])
         except ShapeError as error:
             raise ShapeError(
                 f"{name}: {error} The {self._estimator} estimator cannot give it a variance; nothing was changed."
@@ -200,23 +247,31 @@ class _Estimation:
         return estimate
 
 
-_ESTIMATORS: dict[Estimator, Callable[[list[Moments], float | None], Running]] = {
+def _moving_average(parts: list[Moments], layer: BatchNormalization) -> Running:
+    if layer.momentum is None:  # the plain average over all batches
+        return mean_of_batches(parts)
+    start = Running(*(value.to(parts[0].mean.device) for value in initial(layer)))
+    return moving_average(parts, layer.momentum, start=start)
+
+
+_ESTIMATORS: dict[Estimator, Callable[[list[Moments], BatchNormalization], Running]] = {
     "population": lambda parts, _: population(parts),
     "mean_of_batches": lambda parts, _: mean_of_batches(parts),
-    # momentum=None is the plain average over all batches
-    "moving_average": lambda parts, momentum: (
-        mean_of_batches(parts) if momentum is None else moving_average(parts, momentum)
-    ),
+    "moving_average": _moving_average,
 }
 
 
-def _check(estimator: str, reading: str, max_batches: int | None, batches: object) -> None:
+def _check(estimator: str, reading: str, max_batches: int | None, memory: int | None, batches: object) -> None:
     if estimator not in get_args(Estimator):
         raise ArgumentError(f"estimator must be one of {', '.join(get_args(Estimator))}; got {estimator!r}.")
     if reading not in get_args(Reading):
         raise ArgumentError(f"reading must be one of {', '.join(get_args(Reading))}; got {reading!r}.")
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ArgumentError(f"max_batches must be an int of at least 1, or None for all; got {max_batches!r}.")
+    if memory is not None and (not isinstance(memory, int) or memory < 0):
+        raise ArgumentError(
+            f"memory must be an int of bytes, at least 0, or None for half of what is free; got {memory!r}."
+        )
     if isinstance(batches, torch.Tensor | str | Mapping) or not isinstance(batches, Iterable):
         raise ArgumentError(
             f"batches must be a DataLoader or another iterable of batches, got {type(batches).__name__}: "
@@ -225,23 +280,20 @@ def _check(estimator: str, reading: str, max_batches: int | None, batches: objec
 
 
 def _write(
-    layers: Mapping[str, _BatchNorm], estimates: Mapping[str, Running], seen: Mapping[str, list[Seen]]
+    layers: Mapping[str, BatchNormalization], estimates: Mapping[str, Running], seen: Mapping[str, list[Seen]]
 ) -> list[LayerChange]:
     """Puts the estimates into the buffers: the one place in which recalibrate changes the model."""
     changes = []
     for name, new in estimates.items():
         layer, parts = layers[name], [one.moments for one in seen[name]]
         calls = sum(one.merged for one in seen[name])
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        old = Running(layer.running_mean.clone(), layer.running_var.clone())
+        old = by_channel(layer)
         with torch.no_grad():
-            layer.running_mean.copy_(new.mean)
-            layer.running_var.copy_(new.var)
+            write(layer, new)
             if layer.num_batches_tracked is not None:
                 layer.num_batches_tracked.fill_(calls)
         count = _fewest([parts[0].merge(*parts[1:])])
-        changes.append(LayerChange.of(name, old, new, layer.eps, count=count, batches=calls))
+        changes.append(LayerChange.of(name, old, by_channel(layer, new), layer.eps, count=count, batches=calls))
     return changes
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.distributed as dist
 
-from batchnorm.errors import ArgumentError, BatchNormError
+from batchnorm.errors import ArgumentError, BatchNormError, RankError
 from batchnorm.recalibration.collection import Call, Collected, Seen
-from batchnorm.stats.moments import Moments
 
 Group: TypeAlias = "dist.ProcessGroup | Literal['local'] | None"
 """A process group; None: the default group where torch.distributed is initialised; "local": this process alone."""
@@ -40,7 +40,8 @@ def together(collect: Callable[[], Collected], group: Group, layers: Sequence[st
     A rank that fails still joins, so that the others end with an error that names it instead of waiting.
 
     Raises:
-        BatchNormError: another rank failed, has other `layers`, or did not arrive within the group's timeout.
+        BatchNormError: another rank failed, or has other `layers`.
+        RankError: another rank did not arrive within the group's timeout, or is gone.
         Exception: whatever `collect` raised here.
     """
     if number_of_ranks(group) == 1:
@@ -88,14 +89,17 @@ def _gather(payload: Any, group: Group) -> list[Any]:
     try:
         dist.all_gather_object(gathered, payload, group=process_group)
     except RuntimeError as error:
-        raise BatchNormError(
-            f"recalibrate: rank {dist.get_rank()} waited for the statistics of the other ranks of its group and got an "
-            "error instead. Did each rank call recalibrate? Nothing was changed here."
+        me, world = dist.get_rank(process_group), dist.get_world_size(process_group)
+        raise RankError(
+            f"recalibrate: rank {me} of {world} waited for the statistics of the other ranks, and at least one did not "
+            "answer. Each rank must call recalibrate, with an empty list too; look in the logs for a rank that failed "
+            f"first. Nothing was changed here. torch.distributed says: {error}"
         ) from error
     return gathered
 
 
 def _to_cpu(seen: Seen) -> Seen:
-    mean, var, count = seen.moments.mean, seen.moments.var, seen.moments.count
-    count = count.cpu() if isinstance(count, torch.Tensor) else count
-    return seen._replace(moments=Moments(mean.cpu(), var.cpu(), count))
+    found = seen.moments
+    count = found.count.cpu() if isinstance(found.count, torch.Tensor) else found.count
+    moments = dataclasses.replace(found, mean=found.mean.cpu(), var=found.var.cpu(), count=count)
+    return seen._replace(moments=moments)

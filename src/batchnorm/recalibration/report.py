@@ -62,6 +62,7 @@ class RecalibrationReport:
         skipped: the layers that were left alone, each with the reason.
         batches: batches of data in a pass, over all ranks.
         passes: how often the data were gone through; all but the first only up to the layer at hand.
+        why_passes: what stood in the way of one pass in the sequential reading; None where nothing did.
         ranks: processes whose batches were merged.
         seconds: wall time.
     """
@@ -74,6 +75,7 @@ class RecalibrationReport:
     passes: int
     ranks: int
     seconds: float
+    why_passes: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists and numbers, for JSON."""
@@ -81,10 +83,13 @@ class RecalibrationReport:
 
     def __str__(self) -> str:
         ranks = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        passes = "1 pass" if self.passes == 1 else f"{self.passes} passes"
         lines = [
             f"{len(self.layers)} layers recalibrated, {len(self.skipped)} left alone: {self.estimator}, {self.reading} "
-            f"reading, {self.batches} batches{ranks}, {self.passes} passes, {self.seconds:.1f} s"
+            f"reading, {self.batches} batches{ranks}, {passes}, {self.seconds:.1f} s"
         ]
+        if self.why_passes is not None and self.reading == "sequential" and self.passes > 1:
+            lines.append(f"  a pass for each layer, as {self.why_passes}")
         names = [change.name for change in self.layers] + [skipped.name for skipped in self.skipped]
         width = max((len(name) for name in names), default=0)
         if self.layers:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
+
+from batchnorm.layers.tracing import uncompiled
 
 
 @contextmanager
@@ -34,7 +33,7 @@ def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
             module.training = False
         for ddp in parallel:
             ddp.broadcast_buffers = False
-        with torch.no_grad(), _uncompiled():
+        with torch.no_grad(), uncompiled():
             yield
     finally:
         for ddp, broadcast in zip(parallel, broadcasts, strict=True):
@@ -46,24 +45,3 @@ def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
                 module._buffers[name] = buffer
                 if buffer._version != version:
                     buffer.copy_(before)
-
-
-def _uncompiled() -> AbstractContextManager[None]:
-    # Importing the compiler takes seconds; where nobody has, nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def random_state_kept(model: torch.nn.Module) -> Iterator[None]:
-    """The states of all random generators are those from before: torch's (with the model's devices), Python's, NumPy's.
-
-    Two passes over a shuffled DataLoader, each inside of one, see the same batches.
-    """
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (loaders draw from the global one)
-    try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002

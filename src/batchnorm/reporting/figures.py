@@ -217,6 +217,22 @@ def to_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def to_pdf(figure: Figure) -> bytes:
+    """Give the figure as PDF, for papers: vectors, text as text.
+
+    Args:
+        figure: a figure from `panel`.
+
+    Returns:
+        The file's bytes, without date and version, so that the same drawing gives the same bytes.
+    """
+    buffer = io.BytesIO()
+    with look():
+        _settle(figure)
+        figure.savefig(buffer, format="pdf", metadata={"CreationDate": None, "Creator": None, "Producer": None})
+    return buffer.getvalue()
+
+
 def _settle(figure: Figure) -> None:
     """Fix the layout, which would otherwise be worked out anew for each format."""
     if figure.get_layout_engine() is not None:

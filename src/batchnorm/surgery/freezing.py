@@ -151,7 +151,7 @@ class _Before:
     tensors: dict[str, torch.Tensor]
 
 
-class _Held:
+class Held:
     """Mixed into a frozen layer's class: train() is remembered, and evaluation mode stays."""
 
     is_frozen = True
@@ -174,14 +174,15 @@ class _Held:
 
 
 @cache
-def _held_class(layer_class: Any) -> type[BatchNormalization]:
+def held_class(layer_class: Any) -> type[BatchNormalization]:
+    """The class of a frozen layer whose class was `layer_class`, which is the second of its bases."""
     # The old name and module: torch.fx and exporters recognise torch.nn's layers by them.
     members = {"__module__": layer_class.__module__, "__qualname__": layer_class.__qualname__}
-    return type(layer_class.__name__, (_Held, layer_class), members)
+    return type(layer_class.__name__, (Held, layer_class), members)
 
 
 def _rebuilt(layer_class: Any) -> BatchNormalization:
-    held = _held_class(layer_class)
+    held = held_class(layer_class)
     return held.__new__(held)
 
 
@@ -203,7 +204,7 @@ def _hold(layer: BatchNormalization, before: _Before) -> None:
     layer.training = False
     layer._before_freezing = before  # type: ignore[assignment]
     own_class: Any = type(layer)
-    layer.__class__ = _held_class(own_class)
+    layer.__class__ = held_class(own_class)
 
 
 def _release(layer: BatchNormalization) -> None:

@@ -1,4 +1,4 @@
-"""The one walker over a model: where modules are, and how another one takes a place."""
+"""The one walker over a model: where modules are, how another one takes a place, and how a module becomes another."""
 
 from __future__ import annotations
 
@@ -63,3 +63,14 @@ def put(model: torch.nn.Module, place: Place, new: torch.nn.Module) -> torch.nn.
             # Straight into the table: setattr would run what a parent's own __setattr__ does to new members.
             holder._modules[own] = new
     return new if "" in place.names else model
+
+
+def become(module: torch.nn.Module, new: torch.nn.Module) -> None:
+    """Makes `module` what `new` is, class and state, while it stays the same object; `new` must not be used afterwards.
+
+    So whoever holds on to the module (lists beside the tree, wrappers, a compiler) holds the new one, and there is no
+    name under which it has to be put.
+    """
+    state = new.__dict__
+    object.__setattr__(module, "__class__", type(new))
+    object.__setattr__(module, "__dict__", state)

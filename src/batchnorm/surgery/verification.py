@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,7 +60,8 @@ def compare(pairs: Iterable[tuple[Any, Any]], *, tolerance: float) -> Agreement:
         The Agreement over all of them.
 
     Raises:
-        ArgumentError: there is no pair, or the two of a pair are not built alike (structure, number, shapes).
+        ArgumentError: there is no pair, the two of a pair are not built alike (structure, number, shapes), or they hold
+            no tensor.
 
     Example:
         >>> print(compare([(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]))], tolerance=1e-5))
@@ -79,6 +80,18 @@ def compare(pairs: Iterable[tuple[Any, Any]], *, tolerance: float) -> Agreement:
     return Agreement(absolute, relative, tolerance, inputs)
 
 
+def call(model: torch.nn.Module, example: Any) -> Any:
+    """The model's output on an example: a tuple or list is its arguments, a dict its keyword arguments.
+
+    Example:
+        >>> call(torch.nn.Flatten(0), {"input": torch.ones(2, 2)})
+        tensor([1., 1., 1., 1.])
+    """
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, tuple | list) else model(example)
+
+
 def _alike(before: Any, after: Any) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     old, new = (
         [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)] for output in (before, after)
@@ -87,6 +100,8 @@ def _alike(before: Any, after: Any) -> tuple[list[torch.Tensor], list[torch.Tens
         raise ArgumentError(
             f"the outputs are not built alike: {_shapes(old)} before, {_shapes(new)} after. Check what was replaced."
         )
+    if not old:
+        raise ArgumentError(f"the outputs hold no tensor that could be compared: they are a {type(before).__name__}.")
     return old, new
 
 

@@ -112,7 +112,7 @@ def _first_gradients(job: Job) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     try:
         stack = Stack(
-            [run.network for run in job.runs],
+            [run.network for run in job.runs if isinstance(run.network, Network)],
             [run.seed for run in job.runs],
             inputs=data.train.x.shape[1],
             classes=data.classes,

@@ -1,0 +1,143 @@
+"""Two studies side by side: verdicts, headlines and every measure of the claims that both have."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from batchnorm.errors import ArgumentError
+from batchnorm.lab.report import SCHEMA
+
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One claim in one study.
+
+    Attributes:
+        verdict: "shown", "partly" or "not shown".
+        mean: of the measure, None where it was not finite.
+        low: lower end of its interval.
+        high: upper end.
+    """
+
+    verdict: str
+    mean: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One measure of one claim in both studies.
+
+    Attributes:
+        claim: name of the claim.
+        title: its heading.
+        measure: name of the measure.
+        label: what it is, in words.
+        unit: of the values.
+        is_headline: whether the verdict rests on it first.
+        first: in the first study.
+        second: in the second one.
+    """
+
+    claim: str
+    title: str
+    measure: str
+    label: str
+    unit: str
+    is_headline: bool
+    first: Side
+    second: Side
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the verdicts are the same and the intervals of this measure overlap."""
+        ends = self.first.low, self.first.high, self.second.low, self.second.high
+        if any(end is None for end in ends):
+            return self.first.verdict == self.second.verdict
+        low, high, other_low, other_high = (float(end) for end in ends if end is not None)
+        return self.first.verdict == self.second.verdict and low <= other_high and other_low <= high
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two studies.
+
+    Attributes:
+        names: of their folders.
+        rows: every measure that both have, claim by claim.
+        only: (claims of the first alone, claims of the second alone).
+    """
+
+    names: tuple[str, str]
+    rows: tuple[Compared, ...]
+    only: tuple[tuple[str, ...], tuple[str, ...]]
+
+    @property
+    def headlines(self) -> tuple[Compared, ...]:
+        """The rows that verdicts rest on first."""
+        return tuple(row for row in self.rows if row.is_headline)
+
+
+def compare(first: Path, second: Path) -> Comparison:
+    """Compare what two studies found.
+
+    Args:
+        first: output folder of a study with a report.
+        second: another one.
+
+    Returns:
+        The comparison, in the order of the first study.
+
+    Raises:
+        ArgumentError: a folder holds no results, or those of another version.
+    """
+    one, other = _claims(first), _claims(second)
+    rows = []
+    for name in (name for name in one if name in other):
+        mine, theirs = one[name], other[name]
+        second_measures = {measure["name"]: measure for measure in theirs["measures"]}
+        for measure in mine["measures"]:
+            match = second_measures.get(measure["name"])
+            if match is not None:
+                rows.append(
+                    Compared(
+                        name,
+                        mine["title"],
+                        measure["name"],
+                        measure["label"],
+                        measure["unit"],
+                        measure["name"] == mine["headline"]["name"],
+                        _side(mine, measure),
+                        _side(theirs, match),
+                    )
+                )
+    only = tuple(name for name in one if name not in other), tuple(name for name in other if name not in one)
+    return Comparison((str(first), str(second)), tuple(rows), only)
+
+
+def _side(claim: Mapping[str, Any], measure: Mapping[str, Any]) -> Side:
+    return Side(claim["verdict"], measure["mean"], measure["low"], measure["high"])
+
+
+def _claims(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / RESULTS
+    if not path.is_file():
+        raise ArgumentError(
+            f"expected a folder with the {RESULTS} of a study, {folder} has none; make it: "
+            f"batchnorm study --report-only {folder}"
+        )
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        schema, claims = results["schema"], results["claims"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ArgumentError(f"{path} holds no results of a study ({type(error).__name__}: {error})") from error
+    if schema != SCHEMA:
+        raise ArgumentError(f"{path} has schema {schema}, expected {SCHEMA}; make it again with --report-only {folder}")
+    return {claim["name"]: claim for claim in claims}

@@ -1,0 +1,176 @@
+"""The sequential reading in one pass: every batch waits in front of each layer until the layer is settled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from batchnorm.layers.inventory import BatchNormalization
+from batchnorm.layers.observe import input_moments, input_of
+from batchnorm.recalibration.collection import Call, Collected, Forward, Seen, merged
+from batchnorm.recalibration.held import Held, can_hold
+from batchnorm.recalibration.memory import free_bytes
+from batchnorm.recalibration.statefulness import Watch
+
+END: Call = ("the end of the forward", 0)
+DECLINED: Call = ("declined", 0)
+
+_LIVE = 4
+"""Memory of a waiting forward, in units of its largest input to a layer: residuals, inputs of enclosing modules."""
+_SHARE = 0.5
+"""Of the free memory that may be used where no limit is given."""
+_MOST_THREADS = 2048
+
+
+class Lockstep:
+    """Holds one forward for each batch in front of the same layer, all of them, so that each batch is computed once.
+
+    `frontier` brings all forwards to the next layer and gives what enters it there; the caller settles the layer and
+    asks for the next frontier. That works for models whose forwards all go through the same layers in the same order,
+    through each once, and which keep nothing in themselves between two layers; where the activations fit in memory.
+    Otherwise a frontier is DECLINED, with the reason in `why`, and the passes must do it.
+
+    Args:
+        model: in evaluation mode.
+        layers: name -> layer.
+        forward: runs the model on a batch.
+        limit: bytes of activations that may be kept, estimated; None takes half of the free memory; 0 declines.
+        merges: whether the Moments of all batches may be merged at once.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layers: Mapping[str, BatchNormalization],
+        forward: Forward,
+        *,
+        limit: int | None,
+        merges: bool,
+    ) -> None:
+        self.why: str | None = None
+        self.batches = 0
+        self._model, self._layers, self._forward = model, layers, forward
+        self._limit = limit
+        self._merges = merges
+        self._waiting: list[_Waiting] = []
+        self._running: _Waiting | None = None
+        self._watch = Watch(model)
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Lockstep:
+        for name, layer in self._layers.items():
+            handle = layer.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
+            self._hooks.callback(handle.remove)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            for one in self._waiting:
+                one.held.drop()
+        finally:
+            self._hooks.close()
+
+    def frontier(self, batches: Iterable[Any] | None, *, on_batch: Callable[[], None]) -> Collected:
+        """Runs all forwards to their next layer: what enters it, or END or DECLINED as the only call.
+
+        Args:
+            batches: the first time, those to begin with; None afterwards.
+            on_batch: called when a forward has come there.
+        """
+        if batches is not None:
+            self.why = self._obstacle()
+            if self.why is None:
+                self._begin(batches, on_batch)
+        else:
+            # What ran last goes first: its activations are still in the caches.
+            self._waiting.reverse()
+            for waiting in self._waiting:
+                self._resume(waiting)
+                on_batch()
+                if self.why is not None:
+                    break
+        calls = {waiting.call for waiting in self._waiting}
+        if self.why is None and (len(calls) > 1 or any(number for _, number in calls)):
+            self.why = "batches go through the layers in different orders, or through one of them twice"
+        if self.why is not None:
+            return Collected(self.batches, [DECLINED], set(), {})
+        call = next(iter(calls), None)
+        if call in (None, END):
+            return Collected(self.batches, [] if call is None else [END], set(), {})
+        seen = [one.seen for one in sorted(self._waiting, key=lambda one: one.number) if one.seen is not None]
+        return Collected(self.batches, [call], set(), {call: merged(seen) if self._merges else seen})
+
+    def _obstacle(self) -> str | None:
+        if self._limit == 0:
+            return "memory=0"
+        if not can_hold():
+            return "a mode of torch is on that other threads do not know"
+        if any(type(module).__module__.startswith("torch.distributed") for module in self._model.modules()):
+            return "its parameters are spread over the ranks"
+        return None
+
+    def _begin(self, batches: Iterable[Any], on_batch: Callable[[], None]) -> None:
+        for number, batch in enumerate(batches, start=1):
+            self.batches = number
+            waiting = _Waiting(number, partial(self._forward, self._model, batch))
+            self._waiting.append(waiting)
+            self._resume(waiting)
+            on_batch()
+            if self.why is not None:
+                return
+
+    def _resume(self, waiting: _Waiting) -> None:
+        self._running = waiting
+        if waiting.number == 1:
+            self._watch.begin()
+        waiting.seen, waiting.call = None, END
+        waiting.held.resume()
+        if waiting.number == 1 and self._watch.has_changed():
+            self.why = "the model keeps something in its modules during a forward"
+        elif waiting.device is not None:
+            self._check_room(waiting.device)
+
+    def _check_room(self, device: torch.device) -> None:
+        kept = _LIVE * sum(one.most_bytes for one in self._waiting)
+        if self._limit is None:
+            self._limit = int(_SHARE * free_bytes(device))
+        threads = torch.get_num_threads() if device.type == "cpu" else 1
+        if kept > self._limit:
+            self.why = (
+                f"the activations of all batches take more than the {self._limit / 2**30:.1f} GB there are for them"
+            )
+        elif len(self._waiting) * threads > _MOST_THREADS:
+            self.why = f"more than {_MOST_THREADS} threads would wait"
+
+    def _before(self, name: str, layer: BatchNormalization, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        waiting = self._running
+        assert waiting is not None
+        x = input_of(args, kwargs)
+        number = waiting.counts[name]
+        waiting.counts[name] += 1
+        waiting.call = name, number
+        waiting.seen = Seen(waiting.number, 0, number, input_moments(layer, args, kwargs))
+        waiting.most_bytes = max(waiting.most_bytes, x.nbytes)
+        waiting.device = x.device
+        waiting.held.stop()
+
+
+class _Waiting:
+    """A forward, and where it stands."""
+
+    def __init__(self, number: int, forward: Callable[[], object]) -> None:
+        self.held = Held(forward)
+        self.number = number
+        self.counts: Counter[str] = Counter()
+        self.call: Call = END
+        self.seen: Seen | None = None
+        self.most_bytes = 0
+        self.device: torch.device | None = None

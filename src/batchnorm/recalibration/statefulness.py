@@ -1,0 +1,53 @@
+"""Whether a model keeps something from one forward to the next: such a one must not run two forwards in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class Watch:
+    """Looks for what a forward leaves behind in the modules: attributes that it sets, lists and dicts that it fills.
+
+    Modules of torch itself and of this library are taken for stateless in evaluation. What a model keeps elsewhere, in
+    global variables or deep inside of objects, is not seen.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        known = "torch.", "batchnorm."
+        self._modules = [one for one in model.modules() if not type(one).__module__.startswith(known)]
+        self._before: list[Any] = []
+
+    def begin(self) -> None:
+        """Remembers how the modules are now."""
+        self._before = list(self._contents())
+
+    def has_changed(self) -> bool:
+        """Whether they are otherwise than at `begin`."""
+        now = list(self._contents())
+        return len(now) != len(self._before) or any(
+            a is not b and not (type(a) is type(b) is int and a == b) for a, b in zip(now, self._before, strict=True)
+        )
+
+    def _contents(self) -> Iterator[Any]:
+        for module in self._modules:
+            for value in vars(module).values():
+                yield value
+                if isinstance(value, dict):
+                    for inner in value.values():
+                        yield from _itself(inner)
+                elif isinstance(value, list | tuple | set):
+                    for inner in value:
+                        yield from _itself(inner)
+                elif isinstance(value, torch.Tensor):
+                    yield value._version
+
+
+def _itself(value: Any) -> Iterator[Any]:
+    yield value
+    if isinstance(value, torch.Tensor):
+        yield value._version
+    elif hasattr(value, "__len__"):
+        yield len(value)
