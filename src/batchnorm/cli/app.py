@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import batchnorm
-from batchnorm.cli import convert, export, fold, fuse, info, port, recalibrate, study
+from batchnorm.cli import convert, export, fold, fuse, info, port, recalibrate, shift, study
 from batchnorm.errors import BatchNormError
 
 USAGE_ERROR = 2
@@ -29,6 +29,7 @@ app.command("convert")(convert.convert)
 app.command("fuse")(fuse.fuse)
 app.command("fold")(fold.fold)
 app.command("export")(export.export)
+app.add_typer(shift.app, name="shift")
 app.command("info")(info.info)
 
 

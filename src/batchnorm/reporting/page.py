@@ -30,6 +30,19 @@ def render_study(results: Mapping[str, Any], figures: Mapping[str, str]) -> str:
     return _templates().get_template("study.html").render(results=results, figures=figures)
 
 
+def render(template: str, **values: Any) -> str:
+    """Render one of the package's templates.
+
+    Args:
+        template: its file name.
+        values: what it shows, by the names that it knows.
+
+    Returns:
+        An HTML document that asks for nothing outside itself.
+    """
+    return _templates().get_template(template).render(**values)
+
+
 def inline_svg(document: str, prefix: str, alt: str) -> Markup:
     """Make an SVG document part of a page.
 
