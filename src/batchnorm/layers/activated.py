@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.functional import check_activation
 from batchnorm.kernels.contract import Activation
 from batchnorm.kernels.reference import activate
 
@@ -22,7 +21,6 @@ class Activated(torch.nn.Module):
     """
 
     def __init__(self, activation: Activation | None = None) -> None:
-        check_activation(activation)
         super().__init__()
         self.activation = activation
 
