@@ -12,11 +12,13 @@
 #include "cache.hpp"
 #include "dlpack.hpp"
 #include "parallel.hpp"
+#include "pass.hpp"
 #include "pool.hpp"
 #include "running.hpp"
 #include "select.hpp"
 #include "tensor.hpp"
 #include "tiling.hpp"
+#include "torch.hpp"
 
 namespace nb = nanobind;
 using namespace batchnorm;
@@ -159,33 +161,6 @@ int64_t wide_stats(nb::handle x, nb::handle mean, nb::handle var, int threads) {
   return call.count;
 }
 
-// Whether an input, its parameters, residual and statistics are what they should be, in the common case: a float tensor
-// (N, C, ...) with a layout that the core knows and more than one value a channel. False for anything else, wrong or
-// rare: the checks in Python then tell which.
-bool is_ordinary(nb::handle x, nb::handle weight, nb::handle bias, nb::handle residual, nb::handle mean,
-                 nb::handle var) {
-  const TensorView vx = view_of(x), vr = view_of(residual);
-  if (!vx.is_float() || vx.type_bits < 16 || vx.ndim < 2 || vx.ndim > 5) return false;
-  const int64_t channels = vx.shape[1];
-  const bool is_half = vx.type_bits == 16;
-  for (nb::handle tensor : {weight, bias, mean, var}) {
-    const TensorView view = view_of(tensor);
-    if (tensor.is_none()) continue;
-    if (!view.is_float() || view.ndim != 1 || view.shape[0] != channels || view.strides[0] != 1) return false;
-    const bool is_parameter = tensor.is(weight) || tensor.is(bias);
-    const bool is_same = view.type_code == vx.type_code && view.type_bits == vx.type_bits;
-    if (is_parameter ? !is_same && !(is_half && view.type_bits == 32) : view.type_bits < 32) return false;
-  }
-  if (vr.data && (vr.ndim != vx.ndim || vr.type_code != vx.type_code || vr.type_bits != vx.type_bits ||
-                  std::memcmp(vr.shape, vx.shape, sizeof vx.shape) != 0))
-    return false;
-  Call call;
-  const TensorView* const views[] = {&vx, &vr};
-  Operand* const operands[] = {&call.x, &call.residual};
-  if (!set_layout(call, views, operands, 2)) return false;
-  return call.C > 0 && (call.N * call.L > 1 || !mean.is_none());
-}
-
 // False where the strides are none that the core knows. sum_dz and sum_dz_xhat: float64, (C,), or None.
 bool backward(nb::handle dy, nb::handle x, nb::handle residual, nb::handle dx, nb::handle dresidual, nb::handle mask,
               nb::handle weight, nb::handle bias, nb::handle mean, nb::handle var, double eps, int activation,
@@ -303,7 +278,21 @@ NB_MODULE(_cpu, m) {
         T("bias"), T("mean"), T("var"), nb::arg("eps"), nb::arg("activation"), T("sum_dz"), T("sum_dz_xhat"),
         nb::arg("count"), nb::arg("reduces"), nb::arg("maps"), nb::arg("is_estimated"), nb::arg("threads"));
   m.def("wide_stats", &wide_stats, T("x"), T("mean"), T("var"), nb::arg("threads"));
-  m.def("is_ordinary", &is_ordinary, T("x"), T("weight"), T("bias"), T("residual"), T("mean"), T("var"));
+  nb::class_<Pass>(m, "Pass")
+      .def_ro("count", &Pass::count)
+      .def_ro("eps", &Pass::eps)
+      .def_ro("is_estimated", &Pass::is_estimated)
+      .def_ro("is_taken", &Pass::is_taken)
+      .def("write", &Pass::write, T("mean"), T("var"));
+  m.def("train", &train, T("x"), T("weight"), T("bias"), T("residual"), nb::arg("eps"), nb::arg("activation"),
+        nb::arg("features"), nb::arg("threads"), T("mean"), T("var"), T("running_mean"), T("running_var"), T("tracked"),
+        nb::arg("momentum"));
+  m.def("infer", &infer, T("x"), T("weight"), T("bias"), T("residual"), nb::arg("eps"), nb::arg("activation"),
+        nb::arg("features"), nb::arg("threads"), T("mean"), T("var"), T("out"));
+  m.def("differentiate", &differentiate, nb::arg("done"), T("dy"), T("x"), T("weight"), T("bias"), T("residual"),
+        nb::arg("wanted"), nb::arg("threads"));
+  m.def("set_torch", &set_torch, nb::arg("tensor"), nb::arg("parameter"), nb::arg("empty_like"), nb::arg("is_neg"),
+        nb::arg("is_batched"), nb::arg("new_large"), nb::arg("large"));
   m.def("update_running", &update_running, T("running_mean"), T("running_var"), T("tracked"), T("mean"), T("var"),
         nb::arg("count"), nb::arg("momentum"));
   m.def("pooled_like", &pooled_like, nb::arg("x"));

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from batchnorm.functional import batch_moments, batch_norm
-from batchnorm.functional import can_read as can_read
 from batchnorm.keras.batch import Batch, Correction
 from batchnorm.keras.layout import number_of_values
+from batchnorm.kernels.transforms import can_read as can_read
 from batchnorm.layers.commit import is_recomputed as is_recomputed
 from batchnorm.stats.distributed import Ranks
 from batchnorm.stats.moments import Moments

@@ -1,5 +1,6 @@
 """The compiled core: csrc/bindings.cpp. Python code uses it through batchnorm.kernels.cpu."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,15 +44,68 @@ def backward(
     /,
 ) -> bool: ...
 def wide_stats(x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, threads: int, /) -> int: ...
-def is_ordinary(
+
+class Pass:
+    """What backward needs of a forward pass besides its tensors: csrc/pass.hpp."""
+
+    count: int
+    eps: float
+    is_estimated: bool
+    is_taken: bool
+    def write(self, mean: torch.Tensor, var: torch.Tensor, /) -> None: ...
+
+def train(
     x: torch.Tensor,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    eps: float,
+    activation: int,
+    features: int,
+    threads: int,
     mean: torch.Tensor | None,
     var: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    tracked: torch.Tensor | None,
+    momentum: float,
     /,
-) -> bool: ...
+) -> tuple[torch.Tensor, Pass] | None: ...
+def infer(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: int,
+    features: int,
+    threads: int,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    out: torch.Tensor | None,
+    /,
+) -> tuple[torch.Tensor, Pass] | None: ...
+def differentiate(
+    done: Pass,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    wanted: tuple[bool, ...],
+    threads: int,
+    /,
+) -> tuple[torch.Tensor | None, ...] | None: ...
+def set_torch(
+    tensor: type,
+    parameter: type,
+    empty_like: Callable[[torch.Tensor], torch.Tensor],
+    is_neg: Callable[[torch.Tensor], bool],
+    is_batched: Callable[[torch.Tensor], bool],
+    new_large: Callable[[torch.Tensor], torch.Tensor],
+    large: int,
+    /,
+) -> None: ...
 def update_running(
     running_mean: torch.Tensor,
     running_var: torch.Tensor,

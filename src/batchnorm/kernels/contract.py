@@ -11,7 +11,7 @@ halves.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 Activation = Literal["relu", "leaky_relu", "silu", "gelu", "sigmoid", "tanh"]
+
+ACTIVATION_CODES: dict[Activation | None, int] = {
+    None: 0,
+    **{name: i for i, name in enumerate(get_args(Activation), 1)},
+}
+"""The numbers that csrc/call.hpp has for them."""
 
 Statistics: TypeAlias = Moments | Running
 """What x is normalised with: a batch's Moments, or running statistics, which have no count."""

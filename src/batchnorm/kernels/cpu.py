@@ -12,25 +12,15 @@ from typing import Any
 import torch  # before the core, which shares the OpenMP library that torch loads
 
 from batchnorm.kernels import _cpu
-from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Core, Gradients, Statistics
+from batchnorm.kernels.contract import ACTIVATION_CODES, Affine, BackwardSums, Core, Gradients, Statistics
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
 folds = True
 
 _DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
-_WIDE = (torch.float64, torch.float32)
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-
-_ACTIVATIONS: dict[Activation | None, int] = {
-    None: 0,
-    "relu": 1,
-    "leaky_relu": 2,
-    "silu": 3,
-    "gelu": 4,
-    "sigmoid": 5,
-    "tanh": 6,
-}
+WIDE = (torch.float64, torch.float32)
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 _cpu.set_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 if "BATCHNORM_CPU_ISA" in os.environ:
@@ -47,7 +37,7 @@ def can_take(x: torch.Tensor) -> bool:
     return bool(
         x.is_cpu
         and x.dtype in _DTYPES
-        and type(x) in _PLAIN_TENSORS  # subclasses and fake tensors have meanings of their own
+        and type(x) in PLAIN_TENSORS  # subclasses and fake tensors have meanings of their own
         and torch._C._len_torch_dispatch_stack() == 0
         and x.layout is torch.strided
         and not x.is_neg()
@@ -55,41 +45,19 @@ def can_take(x: torch.Tensor) -> bool:
     )
 
 
-def is_ordinary(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    statistics: Statistics | None,
-) -> bool:
-    """Whether these are right and common, found out in the core within a fraction of a microsecond.
-
-    False tells nothing: the public door's own checks then say what is wrong, or that it is only rare.
-    """
-    for tensor in (weight, bias, residual):
-        if tensor is not None and type(tensor) not in _PLAIN_TENSORS:
-            return False
-    if statistics is None:
-        return can_take(x) and _cpu.is_ordinary(x, weight, bias, residual, None, None)
-    mean, var = statistics.mean, statistics.var
-    if type(mean) is not torch.Tensor or type(var) is not torch.Tensor or not (mean.is_cpu and var.is_cpu):
-        return False
-    return can_take(x) and _cpu.is_ordinary(x, weight, bias, residual, mean, var)
-
-
 def forward(
     x: torch.Tensor, affine: Affine, residual: torch.Tensor | None = None, mask: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, Moments]:
     """See `contract.Backend.forward`; x may be (N, C, ...)."""
-    y = _new_like(x)
-    mean, var = _new_statistics(x)
+    y = new_like(x)
+    mean, var = new_statistics(x)
     count = _forward(x, y, residual, mask, mean, var, affine, True)
     return y, Moments(mean, var, count)
 
 
 def stats(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
     """See `contract.Backend.stats`."""
-    mean, var = _new_statistics(x)
+    mean, var = new_statistics(x)
     return Moments(mean, var, _forward(x, None, None, mask, mean, var, _NOTHING, True))
 
 
@@ -101,7 +69,7 @@ def wide_stats(x: torch.Tensor) -> Moments | None:
     """
     if not can_take(x):
         return None
-    mean, var = _new_statistics(x)
+    mean, var = new_statistics(x)
     threads = torch.get_num_threads()
     count = _cpu.wide_stats(x, mean, var, threads)
     if count < 0:  # strides that the core does not know
@@ -113,7 +81,7 @@ def apply(
     x: torch.Tensor, statistics: Statistics, affine: Affine, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
     """See `contract.Backend.apply`."""
-    y = _new_like(x)
+    y = new_like(x)
     _forward(x, y, residual, None, _wide(statistics.mean), _wide(statistics.var), affine, False)
     return y
 
@@ -129,10 +97,10 @@ def backward(
     mask: torch.Tensor | None = None,
 ) -> Gradients:
     """See `contract.Backend.backward`; the sums have the dtype of the weight where that is float32 or float64."""
-    dx = _new_like(x)
+    dx = new_like(x)
     dresidual = _new_residual_gradient(x, affine, residual)
     weight = affine.weight
-    if weight is not None and weight.dtype in _WIDE:
+    if weight is not None and weight.dtype in WIDE:
         sums = BackwardSums(torch.empty_like(weight), torch.empty_like(weight))
     else:
         sums = _new_sums(x, torch.float64)
@@ -160,7 +128,7 @@ def backward_apply(
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See `contract.Backend.backward_apply`."""
-    dx = _new_like(x)
+    dx = new_like(x)
     dresidual = _new_residual_gradient(x, affine, residual)
     _backward(dy, x, statistics, affine, residual, dx, dresidual, sums, mask, False, sums is not None)
     return dx, dy if dresidual is None and residual is not None else dresidual
@@ -181,7 +149,7 @@ def update_running(
         momentum: weight of the new value, or None.
     """
     mean, var = running
-    if type(batch.count) is not int or mean.dtype not in _WIDE or mean.dtype != var.dtype or mean.ndim != 1:
+    if type(batch.count) is not int or mean.dtype not in WIDE or mean.dtype != var.dtype or mean.ndim != 1:
         return None
     state = (mean, var) if tracked is None else (mean, var, tracked)
     for tensor in state:
@@ -220,7 +188,7 @@ def limit_pool(megabytes: int) -> None:
     _cpu.limit_pool(megabytes << 20)
 
 
-def _new_like(x: torch.Tensor) -> torch.Tensor:
+def new_like(x: torch.Tensor) -> torch.Tensor:
     """An output like x: torch.empty_like, or a recycled buffer where pages would have to be mapped afresh."""
     if x.nbytes < _cpu.POOLED_BYTES or not _is_dense(x):
         return torch.empty_like(x)
@@ -234,7 +202,7 @@ def _new_like(x: torch.Tensor) -> torch.Tensor:
 
 def _new_residual_gradient(x: torch.Tensor, affine: Affine, residual: torch.Tensor | None) -> torch.Tensor | None:
     """Where to write dresidual; None where there is none, and where it is dy itself, without an activation."""
-    return None if residual is None or affine.activation is None else _new_like(x)
+    return None if residual is None or affine.activation is None else new_like(x)
 
 
 def _is_dense(x: torch.Tensor) -> bool:
@@ -244,6 +212,16 @@ def _is_dense(x: torch.Tensor) -> bool:
     return last is not None and x.is_contiguous(memory_format=last)
 
 
+# What whole passes, kernels.direct, ask of torch.
+_cpu.set_torch(
+    *PLAIN_TENSORS,
+    torch.empty_like,
+    torch.Tensor.is_neg,
+    torch._C._functorch.is_legacy_batchedtensor,
+    new_like,
+    _cpu.POOLED_BYTES,
+)
+
 _NOTHING = Affine(None, None, 0.0, None)
 
 
@@ -251,7 +229,8 @@ _prototypes: dict[int, torch.Tensor] = {}
 """One (C,) float64 tensor for each C that was met: torch.empty_like of one is faster than torch.empty."""
 
 
-def _new_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def new_statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance to write, (C,) float64."""
     channels = x.shape[1]
     like = _prototypes.get(channels)
     if like is None:
@@ -276,7 +255,7 @@ def _forward(
 ) -> Any:
     """Runs the core and returns the count as Moments hold it: an int, or a tensor where a mask decides."""
     weight, bias, eps, activation = affine
-    which, threads, maps = _ACTIVATIONS[activation], torch.get_num_threads(), y is not None
+    which, threads, maps = ACTIVATION_CODES[activation], torch.get_num_threads(), y is not None
     count = _cpu.forward(x, y, residual, mask, weight, bias, mean, var, eps, which, reduces, maps, threads)
     if count < 0:  # strides that the core does not know
         whole = None if y is None else torch.empty(x.shape, dtype=x.dtype)
@@ -307,7 +286,7 @@ def _backward(
     mean, var = _wide(statistics.mean), _wide(statistics.var)
     rest = (
         eps,
-        _ACTIVATIONS[activation],
+        ACTIVATION_CODES[activation],
         *((None, None) if sums is None else sums),
         _count(statistics) if is_estimated else -1,
         reduces,
@@ -339,7 +318,7 @@ def _count(statistics: Statistics) -> int:
 
 
 def _wide(statistic: torch.Tensor) -> torch.Tensor:
-    return statistic if statistic.dtype in _WIDE else statistic.float()
+    return statistic if statistic.dtype in WIDE else statistic.float()
 
 
 def _contiguous(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -355,7 +334,7 @@ def _laid_out_like(x: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         if not is_channels_last or x.shape[1] >= _WIDE_ROW:
             piece = (slice(0, 1), slice(None), *(slice(0, 1) if is_channels_last else slice(None) for _ in x.shape[2:]))
             return torch.empty_like(x[piece]).copy_(given[piece]).expand(x.shape)
-    return _new_like(x).copy_(given)
+    return new_like(x).copy_(given)
 
 
 _WIDE_ROW = 64

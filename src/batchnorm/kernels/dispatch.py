@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import ModuleType
 from typing import Literal, cast, get_args
 
 import torch
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Backend, Core, Statistics
+from batchnorm.kernels.contract import Backend, Core
+from batchnorm.kernels.transforms import must_look_inside
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
 BackendName = Literal["auto", "cpu", "reference"]
 
 try:
+    from batchnorm.kernels import _cpu as core
     from batchnorm.kernels import cpu
 except ImportError as error:
     _cpu: Backend | None = None
@@ -31,6 +34,7 @@ else:
 
 _reference = cast(Backend, reference)
 _name: BackendName = "auto"
+_core: ModuleType | None = None
 
 
 def backend_for(x: torch.Tensor) -> Backend:
@@ -51,20 +55,14 @@ def backend_for(x: torch.Tensor) -> Backend:
     return _reference
 
 
-def backend_at_once(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    statistics: Statistics | None,
-) -> Backend | None:
-    """`backend_for(x)` where that vouches for these (N, C, ...) operands: right, and taken as they are.
+def backend_now(x: torch.Tensor) -> Backend:
+    """`backend_for(x)`, but the reference where somebody transforms the operations."""
+    return _reference if must_look_inside() else backend_for(x)
 
-    None where nobody does: the operands must be checked.
-    """
-    if _cpu is None or _name == "reference" or not isinstance(x, torch.Tensor):
-        return None
-    return _cpu if cpu.is_ordinary(x, weight, bias, residual, statistics) else None
+
+def core_in_use() -> ModuleType | None:
+    """The compiled core, whose whole passes `kernels.direct` calls; None where it is not there or not chosen."""
+    return _core
 
 
 def update_running(
@@ -95,7 +93,7 @@ def set_backend(name: BackendName) -> None:
     Raises:
         ArgumentError: there is none of that name, or it cannot run here.
     """
-    global _name
+    global _name, _core
     if name not in get_args(BackendName):
         raise ArgumentError(f"backend must be one of {', '.join(get_args(BackendName))}; got {name!r}.")
     if name == "cpu" and _cpu is None:
@@ -103,6 +101,7 @@ def set_backend(name: BackendName) -> None:
             f"the CPU backend is not there ({_why_no_cpu}): install a C++17 compiler and install batchnorm again."
         )
     _name = name
+    _core = None if name == "reference" or _cpu is None else core
 
 
 def cpu_core() -> Core:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from batchnorm.errors import ArgumentError, ShapeError
+from batchnorm.stats.moments import Moments
 
 
 class View(NamedTuple):
@@ -86,3 +87,30 @@ class View(NamedTuple):
         others = self._others
         n = self.shape[others[0]] if others else 1
         return n, math.prod([self.shape[axis] for axis in others[1:]])
+
+
+def flat(parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """weight or bias, shape of the channel axes, as (C,)."""
+    return parameter if parameter is None or parameter.ndim == 1 else parameter.reshape(-1)
+
+
+def reshaped(statistics: Any, shape: tuple[int, ...]) -> Any:
+    """Moments or Running in the shape of the channel axes, or (-1,): (C,)."""
+    if len(shape) == statistics.mean.ndim:
+        return statistics
+    parts = {"mean": statistics.mean.reshape(shape), "var": statistics.var.reshape(shape)}
+    if isinstance(statistics, Moments):
+        count: Any = statistics.count
+        return Moments(**parts, count=count.reshape(shape) if isinstance(count, torch.Tensor) and count.ndim else count)
+    return type(statistics)(**parts)
+
+
+def in_memory_format(y: torch.Tensor, view: View) -> torch.Tensor:
+    """`y` as torch's own layers return it, contiguous or channels-last, so that y.view(...) goes on working.
+
+    Kernels keep the strides of x, which may be a transpose's. With channels on another axis there is no such custom.
+    """
+    if view.axes != (1,) or y.is_contiguous() or torch._C._are_functorch_transforms_active():
+        return y
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(y.ndim)
+    return y if last is not None and y.is_contiguous(memory_format=last) else y.contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from batchnorm.functional import check_activation
+from batchnorm.kernels.checks import check_activation
 from batchnorm.kernels.contract import Activation
 from batchnorm.kernels.reference import activate
 

@@ -10,9 +10,12 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from batchnorm.errors import ArgumentError, ShapeError
-from batchnorm.functional import batch_norm, check_activation
+from batchnorm.functional import batch_norm
+from batchnorm.kernels import direct
+from batchnorm.kernels.checks import check_activation
 from batchnorm.kernels.contract import Activation, Affine, Statistics
-from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
+from batchnorm.kernels.transforms import must_look_inside
+from batchnorm.layers.commit import Buffers, commit, is_recomputed, runs_in_backward, warn_once
 from batchnorm.layers.precision import widened
 from batchnorm.layers.shapes import check_channels
 from batchnorm.layers.stage import Stage, take
@@ -61,9 +64,21 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """
 
     ranks: ClassVar[tuple[int, ...] | None] = None
+    # Whether what a class does is what BatchNorm does: in evaluation; and in training, a batch by itself.
+    _evaluates_plainly: ClassVar[bool] = True
+    _trains_plainly: ClassVar[bool] = True
     num_features: int | tuple[int, ...]  # type: ignore[assignment]
     channel_axis: int | tuple[int, ...]
     activation: Activation | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+
+        def inherits(*names: str) -> bool:
+            return all(getattr(cls, name) is getattr(BatchNorm, name) for name in names)
+
+        cls._evaluates_plainly = inherits("_normalise", "_check_input_dim")
+        cls._trains_plainly = cls._evaluates_plainly and inherits("_by_batch", "_commit")
 
     def __init__(
         self,
@@ -96,7 +111,9 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self._stage: Stage | None = None  # where batches wait for the end of a transaction
         self._keep_statistics_wide()
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """Activation(BN(input) + residual).
 
         Args:
@@ -104,14 +121,23 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             residual: shape and dtype of the input; added before the activation.
             mask: bool, True = counts in the statistics; the input's shape without its channel axes, or broadcastable
                 to it.
+            out: where the output is written, the input itself for inference in place; in evaluation only, without
+                gradients. See batch_norm.
 
         Returns:
             Shape, dtype and memory format of the input.
 
         Raises:
+            ArgumentError: `out` in training, or where autograd follows.
             ShapeError: wrong rank or number of channels, a mask that does not fit, or one value a channel in training.
             DtypeError: the input is no float tensor, or its dtype does not go with the parameters'.
         """
+        if out is not None:
+            return self._into(out, input, residual, mask)
+        if mask is None and type(input) is Tensor and not must_look_inside():
+            y = self._directly(input, residual)
+            if y is not None:
+                return y
         if isinstance(input, Proxy):
             return as_one_node(self, input, residual, mask)
         if not is_traced():  # there sizes are tensors, and looking at one warns
@@ -127,6 +153,53 @@ class BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         if self.training and self.track_running_stats:
             self._commit(moments)
         return y
+
+    def _into(self, out: Tensor, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        return batch_norm(
+            input,
+            self.weight,
+            self.bias,
+            moments=None if self.training or mean is None or var is None else Running(mean, var),
+            eps=self.eps,
+            channel_axis=self.channel_axis,
+            mask=mask,
+            activation=self.activation,
+            residual=residual,
+            out=out,
+        )[0]
+
+    def _directly(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """What `forward` gives, in one call of the core; None, and nothing done, where that is not the way.
+
+        Small inputs are why: a look at a parameter through torch.nn.Module costs as much as their arithmetic.
+        """
+        features = self.num_features
+        if self.channel_axis != 1 or type(features) is not int or (self.ranks and input.dim() not in self.ranks):
+            return None
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            weight, bias = parameters["weight"], parameters["bias"]
+            mean, var, tracked = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        except KeyError:  # a parametrization has put something else in place
+            return None
+        if not self.training and mean is not None and var is not None:
+            if not self._evaluates_plainly:
+                return None
+            return direct.infer(input, weight, bias, residual, self.eps, self.activation, features, mean, var)
+        if not self._trains_plainly or self._stage is not None:
+            return None
+        if not (self.training and self.track_running_stats) or mean is None or var is None or runs_in_backward():
+            mean = var = tracked = None
+        found = direct.train(
+            input, weight, bias, residual, self.eps, self.activation, features, mean, var, tracked, self.momentum
+        )
+        if found is None:
+            return None
+        if not found[1]:
+            warn_once(self)
+        return found[0]
 
     def _by_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
         """The output, and the Moments to commit, where the batch's own statistics count."""

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from batchnorm.errors import StatisticsWarning
-from batchnorm.functional import can_read
 from batchnorm.kernels.dispatch import update_running
+from batchnorm.kernels.transforms import can_read
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running, cumulative, exponential
 
@@ -30,17 +30,18 @@ def is_recomputed() -> bool:
 
     Compiled code cannot ask while it is being compiled; it asks when it runs, through `_is_first_pass`.
     """
-    return not torch.compiler.is_compiling() and _runs_in_backward()
+    return not torch.compiler.is_compiling() and runs_in_backward()
 
 
-def _runs_in_backward() -> bool:
+def runs_in_backward() -> bool:
+    """Whether a backward pass runs now, in eager code."""
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 @torch.library.custom_op("batchnorm::is_first_pass", mutates_args=())
 def _is_first_pass(batch: torch.Tensor) -> torch.Tensor:
     """Scalar bool: False where compiled code recomputes a checkpointed segment; takes `batch` to be no constant."""
-    return batch.new_full((), not _runs_in_backward(), dtype=torch.bool)
+    return batch.new_full((), not runs_in_backward(), dtype=torch.bool)
 
 
 @_is_first_pass.register_fake

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from batchnorm.errors import ArgumentError, BatchNormError, DtypeError, ShapeError
-from batchnorm.functional import can_read, check_activation
+from batchnorm.kernels.checks import check_activation
 from batchnorm.kernels.contract import Activation
 from batchnorm.kernels.reference import activate
+from batchnorm.kernels.transforms import can_read
 from batchnorm.kernels.view import View
 from batchnorm.layers.commit import Buffers, commit, is_recomputed, warn_once
 from batchnorm.layers.precision import widened

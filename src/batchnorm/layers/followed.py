@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Proxy
 
+from batchnorm.errors import ArgumentError
 from batchnorm.layers.batch_norm import BatchNorm2d
 from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
 from batchnorm.layers.frozen import FrozenBatchNorm
@@ -28,21 +29,27 @@ class Followed:
 
     _modules: dict[str, Any]
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, mask: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """The layer's output, passed through `drop` and `act`.
 
         Args:
             input: activations, (N, C, ...), float.
             residual: added before both.
             mask: bool, True = counts in the statistics.
+            out: refused: what the modules behind make is theirs to place.
 
         Returns:
             What `act` makes of it.
 
         Raises:
+            ArgumentError: `out` is given.
             ShapeError: as the layer.
             DtypeError: as the layer.
         """
+        if out is not None:
+            raise ArgumentError("out goes with layers that have no modules behind them; leave it out here.")
         if isinstance(input, Proxy):
             return as_one_node(self, input, residual, mask)
         y: Tensor = super().forward(input, residual, mask=mask)  # type: ignore[misc]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from batchnorm.functional import batch_norm, check_activation
+from batchnorm.functional import batch_norm
+from batchnorm.kernels.checks import check_activation
 from batchnorm.kernels.contract import Activation, Affine
 from batchnorm.layers.precision import widened
 from batchnorm.layers.shapes import check_channels

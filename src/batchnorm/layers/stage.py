@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from batchnorm.errors import BatchNormError
-from batchnorm.functional import can_read
+from batchnorm.kernels.transforms import can_read
 from batchnorm.stats.grouped import GroupMoments
 from batchnorm.stats.moments import Moments
 

@@ -109,13 +109,14 @@ def _only_source(graph: OnnxGraph, node: Node, name: str) -> Node:
 def _product_and_bias(graph: OnnxGraph, add: Node) -> tuple[Node, str]:
     for position in (0, 1):
         product = graph.producers.get(add.input[position])
-        bias = graph.constant(add.input[1 - position])
+        name = str(add.input[1 - position])
+        bias = graph.constant(name)
         if product is not None and product.op_type == "MatMul" and bias is not None:
             if graph.only_consumer(add.input[position]) is not add:
                 raise NotFoldableError("the output of the MatMul before it goes elsewhere too")
             _check_rank(graph, product, product.output[0])
             _vector(bias)
-            return product, str(add.input[1 - position])
+            return product, name
     raise NotFoldableError("before it stands Add")
 
 

@@ -1,0 +1,47 @@
+#include "torch.hpp"
+
+namespace nb = nanobind;
+
+namespace batchnorm {
+namespace {
+
+// Held for ever: at exit the interpreter may be gone before these.
+struct Torch {
+  PyObject *tensor = nullptr, *parameter = nullptr;
+  PyObject *empty_like = nullptr, *is_neg = nullptr, *is_batched = nullptr, *new_large = nullptr;
+  size_t large = 0;
+};
+
+Torch torch;
+
+nb::object called(PyObject* function, nb::handle argument) {
+  PyObject* const arguments[] = {argument.ptr()};
+  PyObject* result = PyObject_Vectorcall(function, arguments, 1, nullptr);
+  if (!result) throw nb::python_error();
+  return nb::steal(result);
+}
+
+}  // namespace
+
+void set_torch(nb::object tensor, nb::object parameter, nb::object empty_like, nb::object is_neg, nb::object is_batched,
+               nb::object new_large, size_t large) {
+  torch = {tensor.release().ptr(), parameter.release().ptr(),  empty_like.release().ptr(), is_neg.release().ptr(),
+           is_batched.release().ptr(), new_large.release().ptr(), large};
+}
+
+bool is_tensor(nb::handle value) {
+  PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(value.ptr()));
+  return type == torch.tensor || type == torch.parameter;
+}
+
+bool is_literal(nb::handle tensor) {
+  return called(torch.is_neg, tensor).is(Py_False) && called(torch.is_batched, tensor).is(Py_False);
+}
+
+nb::object empty_like(nb::handle tensor, const TensorView& view) {
+  size_t bytes = view.type_bits / 8;
+  for (int i = 0; i < view.ndim; ++i) bytes *= static_cast<size_t>(view.shape[i]);
+  return called(bytes < torch.large ? torch.empty_like : torch.new_large, tensor);
+}
+
+}  // namespace batchnorm
