@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +67,6 @@ def rows_of(table: Table, reference: Reference) -> Iterator[pl.DataFrame]:
     kinds = {name: column.kind for name, column in reference.columns.items()}
     for batch in batches(as_kinds(scan(table, kinds), kinds, table), table):
         yield from batch.iter_slices(_ROWS)
-
-
-def without(reference: Reference, name: str) -> Reference:
-    """The Reference without a column, so that new rows may lack it."""
-    return replace(reference, columns={key: one for key, one in reference.columns.items() if key != name})
 
 
 def losses(net: torch.nn.Module, forward: Forward, table: Table, reference: Reference, target: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,5 +27,5 @@ def new_side(old: Reference, table: str, target: str | None, null: Sequence[str]
 
     nulls = tuple(null) if null else NULLS
     names = scan(table, nulls=nulls).collect_schema().names()
-    kept = {name: column for name, column in old.columns.items() if name in names or name != target}
-    return Reference.of(table, like=replace(old, columns=kept), salt="new", nulls=nulls)
+    like = old if target is None or target in names else old.without(target)
+    return Reference.of(table, like=like, salt="new", nulls=nulls)

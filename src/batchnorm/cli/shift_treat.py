@@ -122,9 +122,8 @@ def _network(
 
     net = nets.network(model, weights)
     run = nets.forward_of(forward, nets.numeric_columns(old, target))
-    inputs = nets.without(old, target)
     before = None if labels is None else nets.losses(net, run, labels, old, target)
-    report = recalibrate(net, list(nets.rows_of(table, inputs)), forward=run, group="local")
+    report = recalibrate(net, list(nets.rows_of(table, old.without(target))), forward=run, group="local")
     evidence = None if before is None else paired(before, nets.losses(net, run, str(labels), old, target))
     name = "recalibrated statistics"
     choice = None if evidence is None else adopted({name: evidence}) or "nothing"

@@ -109,7 +109,7 @@ def interval(aucs: list[float]) -> tuple[float, float, float]:
 
     Example:
         >>> [round(x, 3) for x in interval([0.5, 0.6, 0.55, 0.52, 0.58])]
-        [0.55, 0.476, 0.624]
+        [0.55, 0.473, 0.627]
     """
     number = len(aucs)
     mean = float(np.mean(aucs))

@@ -93,6 +93,17 @@ class Reference:
             raise ArgumentError(f"{table if isinstance(table, str | Path) else 'the table'} has no rows")
         return Reference(found, {}, rows, rows_of.smallest(parts, sample_rows), sample_rows)
 
+    def without(self, *names: str) -> Reference:
+        """The same without these columns (a target that new rows lack), for `like`; names that it has not are no error.
+
+        Example:
+            >>> import polars as pl
+            >>> list(Reference.of(pl.DataFrame({"x": [1.0], "y": [2.0]})).without("y").columns)
+            ['x']
+        """
+        columns = {name: column for name, column in self.columns.items() if name not in names}
+        return replace(self, columns=columns, sample=self.sample.drop(names, strict=False))
+
     def with_layers(self, layers: Mapping[str, Layer]) -> Reference:
         """The same with these layers."""
         return replace(self, layers=dict(layers))
