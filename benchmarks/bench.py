@@ -13,13 +13,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import cases
 import machine
 import peers
 import plot
 import results
 import tables
 import targets
+import workloads
 from workers import AS_IT_COMES, TUNED, Measured, Worker, environments, measure
 
 _PLAIN = ["copy", "clone", "eager", "ours", "compile", "jax", "onnxruntime"]
@@ -92,15 +92,15 @@ def _publish(rows: list[dict[str, str]]) -> None:
 
 def _shape(text: str) -> tuple[int, ...]:
     try:
-        return cases.parse_shape(text)
+        return workloads.parse_shape(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _chosen(options: argparse.Namespace) -> list[cases.Case]:
+def _chosen(options: argparse.Namespace) -> list[workloads.Case]:
     if options.no_layers:
         return []
-    every = cases.quick_cases() if options.quick and not options.shape else cases.cases(options.shape)
+    every = workloads.quick_cases() if options.quick and not options.shape else workloads.cases(options.shape)
     chosen = [case for case in every if options.only in case.name]
     if not chosen:
         raise SystemExit(f"no case's name contains {options.only!r}; one is {every[0].name!r}")
@@ -114,11 +114,11 @@ def _announce(head: dict[str, Any]) -> None:
         print(f"{peer} is not installed and is left out; to measure it: {command}")
     if float(head["load"]) > 0.5:
         print(f"LOAD AVERAGE {head['load']}: other processes use the cores, and times will show it", file=sys.stderr)
-    for phase, meaning in cases.PHASES.items():
+    for phase, meaning in workloads.PHASES.items():
         print(f"  {phase}: {meaning}")
 
 
-def _peers(case: cases.Case, other: str, *, is_quick: bool) -> dict[str, list[str]]:
+def _peers(case: workloads.Case, other: str, *, is_quick: bool) -> dict[str, list[str]]:
     """Who is measured under which setting of the memory; compilation takes most of the time of a quick run."""
     plain = list(_PLAIN)
     if is_quick and case.operation != "bn" and "compile" in plain:
@@ -130,7 +130,7 @@ def _peers(case: cases.Case, other: str, *, is_quick: bool) -> dict[str, list[st
 
 def _measure_layers(
     workers: list[Worker],
-    chosen: list[cases.Case],
+    chosen: list[workloads.Case],
     options: argparse.Namespace,
     head: dict[str, Any],
     rows: list[results.Row],
@@ -165,7 +165,7 @@ def _measure_networks(
         for layout in ("contiguous", "channels_last"):
             if options.quick and (name, layout) != ("ResNet-20", "contiguous"):
                 continue
-            shape = cases.size(NETWORKS[name][1])
+            shape = workloads.size(NETWORKS[name][1])
             print(f"{name} {shape} {layout}", flush=True)
             found = measure(
                 workers,

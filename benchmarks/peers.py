@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import Case
 from timing import Sample, per_call
+from workloads import Case
 
 import batchnorm
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import cases
+import workloads
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from results import Row
@@ -102,7 +102,7 @@ def draw(rows: list[Row]) -> Figure:
 def _lines(rows: list[Row]) -> list[tuple[str, bool]]:
     """The lines of a panel from above: name, and whether it names a class or a shape."""
     found: list[tuple[str, bool]] = []
-    for group in (cases.LARGE, cases.ABOUT, cases.SMALL_MAPS, cases.FEW, cases.TINY):
+    for group in (workloads.LARGE, workloads.ABOUT, workloads.SMALL_MAPS, workloads.FEW, workloads.TINY):
         shapes = list(dict.fromkeys(row["shape"] for row in rows if row["group"] == group))
         if shapes:
             found += [(group, True), *((shape, False) for shape in shapes)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from cases import ABOUT, FEW, LARGE, SMALL_MAPS, TINY
 from results import Row
 from workers import AS_IT_COMES, TUNED
+from workloads import ABOUT, FEW, LARGE, SMALL_MAPS, TINY
 
 
 class Target(NamedTuple):

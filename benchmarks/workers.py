@@ -131,10 +131,10 @@ def _answer(request: dict[str, Any], contenders: dict[str, Contender]) -> Any:
 
         samplers = networks.samplers(**request["fields"], names=request["peers"])
     else:
-        import cases
         import peers
+        import workloads
 
-        samplers = peers.samplers(cases.Case.of(request["fields"]), request["peers"])
+        samplers = peers.samplers(workloads.Case.of(request["fields"]), request["peers"])
     contenders.update({peer: Contender(sample) for peer, sample in samplers.items()})
     return {peer: contender.calls for peer, contender in contenders.items()}
 

@@ -271,6 +271,8 @@ void choose_instruction_set(const std::string& name) {
 #define T(name) nb::arg(name).none()
 
 NB_MODULE(_cpu, m) {
+  // Graphs that live until the interpreter ends keep their passes; the report of that on stderr would alarm users.
+  nb::set_leak_warnings(false);
   m.doc() = "The CPU core of batchnorm; batchnorm.kernels.cpu is its Python side.";
   m.def("forward", &forward, T("x"), T("y"), T("residual"), T("mask"), T("weight"), T("bias"), T("mean"), T("var"),
         nb::arg("eps"), nb::arg("activation"), nb::arg("reduces"), nb::arg("maps"), nb::arg("threads"));

@@ -12,7 +12,6 @@ import pytest
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-import cases  # noqa: E402
 import networks  # noqa: E402
 import peers  # noqa: E402
 import plot  # noqa: E402
@@ -21,11 +20,14 @@ import tables  # noqa: E402
 import targets  # noqa: E402
 import timing  # noqa: E402
 import torch  # noqa: E402
+import workloads  # noqa: E402
 
 import batchnorm  # noqa: E402
 
 
-def _row(peer, us, *, group=cases.LARGE, phase="forward", operation="bn", memory="as it comes", others="0.00", **more):
+def _row(
+    peer, us, *, group=workloads.LARGE, phase="forward", operation="bn", memory="as it comes", others="0.00", **more
+):
     """A row of results for a tensor whose copy takes 100 us."""
     where = {"group": group, "shape": "32x256x56x56", "dtype": "float32", "layout": "contiguous"}
     times = {"median_us": f"{us}", "p20_us": f"{us * 0.9}", "p80_us": f"{us * 1.2}", "times_copy": f"{us / 100}"}
@@ -134,7 +136,7 @@ def test_another_file_is_refused(tmp_path):
 
 def test_every_peer_computes_the_same():
     """The peers' blocks, on one input: a peer that did less would be fast for nothing."""
-    case = cases.Case(cases.TINY, (4, 6, 3, 3), operation="bn_add_relu")
+    case = workloads.Case(workloads.TINY, (4, 6, 3, 3), operation="bn_add_relu")
     x, residual = case.activations(), case.activations()
     expected = torch.relu(torch.nn.functional.batch_norm(x, None, None, training=True) + residual)
     torch.testing.assert_close(peers._TorchBlock(case)(x, residual), expected)
@@ -144,7 +146,7 @@ def test_every_peer_computes_the_same():
 def test_absent_peers_are_named_with_their_command(monkeypatch):
     monkeypatch.setattr(peers, "_is_installed", lambda module: module not in ("jax", "onnx"))
     assert peers.absent() == {"jax": "pip install jax", "onnxruntime": "pip install onnx"}
-    assert peers.samplers(cases.Case(cases.TINY, (4, 6)), ["copy", "jax"]).keys() == {"copy"}
+    assert peers.samplers(workloads.Case(workloads.TINY, (4, 6)), ["copy", "jax"]).keys() == {"copy"}
 
 
 def test_short_calls_are_repeated_and_long_ones_are_not():
@@ -158,21 +160,21 @@ def test_short_calls_are_repeated_and_long_ones_are_not():
 
 class TestShapes:
     def test_classes(self):
-        named = {"16x96x28x28": cases.ABOUT, "64x128x112x112": cases.LARGE, "128x7": cases.TINY}
-        named |= {"4x8x256x256": cases.FEW, "32x512x7x7": cases.SMALL_MAPS, "9000x2048": cases.LARGE}
-        assert {text: cases.group(cases.parse_shape(text)) for text in named} == named
+        named = {"16x96x28x28": workloads.ABOUT, "64x128x112x112": workloads.LARGE, "128x7": workloads.TINY}
+        named |= {"4x8x256x256": workloads.FEW, "32x512x7x7": workloads.SMALL_MAPS, "9000x2048": workloads.LARGE}
+        assert {text: workloads.group(workloads.parse_shape(text)) for text in named} == named
 
     @pytest.mark.parametrize("text", ["", "3", "3xax4", "1x8", "2x0x4", "1x2x3x4x5x6"])
     def test_bad_ones_are_refused(self, text):
         with pytest.raises(ValueError, match="expected a shape like 256x100 or 32x64x56x56"):
-            cases.parse_shape(text)
+            workloads.parse_shape(text)
 
     def test_each_class_has_a_quick_case_and_layouts_are_both_there(self):
-        quick = cases.quick_cases()
+        quick = workloads.quick_cases()
         assert {case.group for case in quick} == {target.group for target in targets.TARGETS}
         assert {case.layout for case in quick} == {"contiguous", "channels_last"}
-        assert {len(case.shape) for case in cases.cases()} == {2, 3, 4, 5}
-        for case in cases.cases([(4, 6, 3, 3), (2, 3, 2, 4, 4)]):
+        assert {len(case.shape) for case in workloads.cases()} == {2, 3, 4, 5}
+        for case in workloads.cases([(4, 6, 3, 3), (2, 3, 2, 4, 4)]):
             assert case.activations().is_contiguous() == (case.layout == "contiguous")
 
 

@@ -33,7 +33,7 @@ def test_gradient_norms_are_those_of_torch(arm):
     logits = torch.nn.Sequential(*layers, linears[-1])(torch.from_numpy(data.train.x[rows]))
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(data.train.y[rows])).backward()
     expected = [float(linear.weight.grad.norm()) for linear in linears[:-1]]
-    assert record["values"]["gradient_norms"] == pytest.approx(expected, rel=1e-3)
+    assert record["values"]["gradient_norms"] == pytest.approx(expected, rel=3e-3)
 
 
 def test_factor_is_the_geometric_mean_over_hidden_layers():
