@@ -16,7 +16,7 @@ def _first_gradients(arm):
 
 @pytest.mark.parametrize("arm", ["sigmoid", "ReLU + BN"])
 def test_gradient_norms_are_those_of_torch(arm):
-    record = _first_gradients(arm)[1]
+    record = _first_gradients(arm)[0]
     data = load("digits", "standardised")
     network, seed = claim.ARMS[arm], record["seed"]
     weights = Stack([network], [seed], inputs=64, classes=10).weights
@@ -30,10 +30,12 @@ def test_gradient_norms_are_those_of_torch(arm):
         norm = [torch.nn.BatchNorm1d(network.width)] if network.norm == "batch" else []
         layers += [linear, *norm, torch.nn.Sigmoid() if network.activation == "sigmoid" else torch.nn.ReLU()]
     rows = np.random.default_rng(seed).permutation(len(data.train.y))[: claim.BATCH]
-    logits = torch.nn.Sequential(*layers, linears[-1])(torch.from_numpy(data.train.x[rows]))
+    # In float64. With the second seed one ReLU lies within rounding of 0, and either side of it is right.
+    exact = torch.nn.Sequential(*layers, linears[-1]).double()
+    logits = exact(torch.from_numpy(data.train.x[rows]).double())
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(data.train.y[rows])).backward()
     expected = [float(linear.weight.grad.norm()) for linear in linears[:-1]]
-    assert record["values"]["gradient_norms"] == pytest.approx(expected, rel=3e-3)
+    assert record["values"]["gradient_norms"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_factor_is_the_geometric_mean_over_hidden_layers():

@@ -62,7 +62,7 @@ def recalibrate(
     check_out(out, force=force)
 
     from batchnorm.cli import weights as files
-    from batchnorm.cli.loading import from_module
+    from batchnorm.objects import from_module
     from batchnorm.recalibration import recalibrate as run
 
     saved = files.read(weights)

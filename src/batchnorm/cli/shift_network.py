@@ -11,8 +11,8 @@ import polars as pl
 import torch
 
 from batchnorm.cli import weights as files
-from batchnorm.cli.loading import from_module
 from batchnorm.errors import ArgumentError, ShapeError
+from batchnorm.objects import from_module
 from batchnorm.shift.reference import Reference
 from batchnorm.shift.tables import Table, as_kinds, batches, scan
 

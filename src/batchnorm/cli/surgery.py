@@ -62,7 +62,7 @@ def network(spec: str) -> torch.nn.Module:
     """
     import torch
 
-    from batchnorm.cli.loading import from_module
+    from batchnorm.objects import from_module
 
     made = from_module(spec, "MODEL")()
     if not isinstance(made, torch.nn.Module):
@@ -95,7 +95,7 @@ def example_for(spec: str | None, model: torch.nn.Module) -> Any:
     if spec is None:
         return None
     if ":" in spec:
-        from batchnorm.cli.loading import from_module
+        from batchnorm.objects import from_module
 
         return from_module(spec, "--example")()
     if not re.fullmatch(r"\d+(x\d+)*(,\d+(x\d+)*)*", spec):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
@@ -74,6 +75,24 @@ def said(measure: Measure) -> str:
     """
     around = f" (95 % interval {interval(measure.low, measure.high)})" if len(measure.values) > 1 else " (one seed)"
     return quantity(measure.mean, measure.unit) + around
+
+
+def key(words: str) -> str:
+    """Words as a part of a measure's name.
+
+    >>> key("BN-x5, sigmoid"), key("deep linear + batch norm")
+    ('bn_x5_sigmoid', 'deep_linear_batch_norm')
+    """
+    return re.sub(r"[^a-z0-9]+", "_", words.lower()).strip("_")
+
+
+def median_of(record: Record, what: str) -> float:
+    """The median of the numbers in a value of a record, above 0 so that ratios exist; those not finite are left out.
+
+    Where none is finite the network diverged at once, and the value counts as 1e12.
+    """
+    values = [value for value in record["values"][what] if value is not None]
+    return max(statistics.median(values), 1e-12) if values else 1e12
 
 
 def accuracy_over_seeds(name: str, label: str, records: Sequence[Record]) -> Measure:

@@ -14,7 +14,14 @@ from torch.nn import functional
 from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
 from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run, Tier
 from batchnorm.lab.fit import batches, data_of, image_shape
-from batchnorm.lab.measures import find, measure_over_seeds, of_arm, ratio_over_seeds, said
+from batchnorm.lab.measures import (
+    find,
+    key,
+    measure_over_seeds,
+    of_arm,
+    ratio_over_seeds,
+    said,
+)
 from batchnorm.lab.networks import build
 from batchnorm.lab.record import make_record, significant
 from batchnorm.lab.train import one_thread
@@ -110,12 +117,12 @@ def measure(records: Sequence[Record]) -> list[Measure]:
                 for a, b in zip(arms[one], arms[other], strict=True)
             ]
             found.append(
-                ratio_over_seeds(f"{what}_{_key(one)}_over_{_key(other)}", f"{words}: {one} over {other}", ratios)
+                ratio_over_seeds(f"{what}_{key(one)}_over_{key(other)}", f"{words}: {one} over {other}", ratios)
             )
         unit, scale = ("ms", 1e3) if what == "seconds" else ("MB", 1e-6)
         for arm, of in arms.items():
             values = [scale * record["values"][what] for record in of]
-            found.append(measure_over_seeds(f"{what}_{_key(arm)}", f"{words}, {arm}", unit, values))
+            found.append(measure_over_seeds(f"{what}_{key(arm)}", f"{words}, {arm}", unit, values))
     return found
 
 
@@ -145,7 +152,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
         drawing, axes = panel(title, "", axis)
         told = []
         for place, (arm, colour) in enumerate(zip(ARMS, (GREY, BLUE, ORANGE, GREEN), strict=True)):
-            of = find(measures, f"{what}_{_key(arm)}")
+            of = find(measures, f"{what}_{key(arm)}")
             axes.bar([place], [of.mean], width=0.6, color=colour, alpha=0.75)
             axes.plot([place] * len(of.values), of.values, color=colour, marker="o", linestyle="")
             told.append(f"{arm} {of.mean:.3g} {axis}")
@@ -194,7 +201,3 @@ def _kept(network: nn.Module, x: Tensor, y: Tensor) -> int:
         loss = functional.cross_entropy(network(x), y)
     del loss
     return sum(seen.values())
-
-
-def _key(arm: str) -> str:
-    return arm.lower().replace(", ", "_").replace(" ", "_").replace(".", "_")

@@ -20,6 +20,7 @@ from batchnorm.lab.measures import (
     final_validation_accuracy,
     find,
     measure_over_seeds,
+    median_of,
     of_arm,
     ratio_over_seeds,
     said,
@@ -80,7 +81,7 @@ def measure(records: Sequence[Record]) -> list[Measure]:
             found.append(_ratio(f"{what}_at_{rate:g}", f"{words}: plain over batch norm, rate {rate:g}", what, *of))
         for arm, of_own in own.items():
             label = f"{words}, {arm}, rate {of_own[0]['rate']:g}"
-            values = [_median(one, what) for one in of_own]
+            values = [median_of(one, what) for one in of_own]
             found.append(measure_over_seeds(f"{what}_{arm.replace(' ', '_')}", label, "", values))
     return found
 
@@ -161,10 +162,5 @@ def _at_own(records: Sequence[Record], arm: str) -> list[Record]:
 
 
 def _ratio(name: str, label: str, what: str, ours: Sequence[Record], theirs: Sequence[Record]) -> Measure:
-    ratios = [_median(one, what) / _median(other, what) for one, other in zip(ours, theirs, strict=True)]
+    ratios = [median_of(one, what) / median_of(other, what) for one, other in zip(ours, theirs, strict=True)]
     return ratio_over_seeds(name, label, ratios)
-
-
-def _median(record: Record, what: str) -> float:
-    values = [value for value in record["values"][what] if value is not None]
-    return max(statistics.median(values), 1e-12) if values else 1e12

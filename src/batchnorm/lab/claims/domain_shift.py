@@ -13,7 +13,13 @@ from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
 from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run, Tier
 from batchnorm.lab.data import Dataset, Split
 from batchnorm.lab.fit import accuracy_and_loss, fit
-from batchnorm.lab.measures import find, measure_over_seeds, of_arm, said
+from batchnorm.lab.measures import (
+    find,
+    key,
+    measure_over_seeds,
+    of_arm,
+    said,
+)
 from batchnorm.recalibration import recalibrate
 
 HELPS = 5.0
@@ -66,18 +72,18 @@ def measure(records: Sequence[Record]) -> list[Measure]:
     for shift in SHIFTS:
         gains = [100 * (one["values"]["new"][shift] - one["values"]["old"][shift]) for one in of]
         label = f"accuracy that new statistics add, {shift}"
-        found.append(measure_over_seeds(f"gain_{_key(shift)}", label, "points", gains))
+        found.append(measure_over_seeds(f"gain_{key(shift)}", label, "points", gains))
     for which in ("old", "new"):
         for shift in SHIFTS:
             values = [100 * one["values"][which][shift] for one in of]
             label = f"accuracy, {which} statistics, {shift}"
-            found.append(measure_over_seeds(f"{which}_{_key(shift)}", label, "%", values))
+            found.append(measure_over_seeds(f"{which}_{key(shift)}", label, "%", values))
     return found
 
 
 def judge(measures: Sequence[Measure]) -> Verdict:
     """The verdict by the thresholds that the card states."""
-    gains = {shift: find(measures, f"gain_{_key(shift)}") for shift in SHIFTS}
+    gains = {shift: find(measures, f"gain_{key(shift)}") for shift in SHIFTS}
     listed = "; ".join(f"{shift} {said(gain)}" for shift, gain in gains.items())
     helped = [shift for shift in SHIFTS[1:-1] if gains[shift].low >= HELPS]
     ruined = gains[CLASS].high <= -RUINS
@@ -94,14 +100,14 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
 
     drawing, axes = panel("Accuracy on changed images", "", "test accuracy (%)", height=1.1)
     for which, colour, aside in (("old", ORANGE, -0.15), ("new", BLUE, 0.15)):
-        of = [find(measures, f"{which}_{_key(shift)}") for shift in SHIFTS]
+        of = [find(measures, f"{which}_{key(shift)}") for shift in SHIFTS]
         places = [place + aside for place in range(len(SHIFTS))]
         axes.bar(places, [one.mean for one in of], width=0.28, color=colour, label=f"{which} statistics", alpha=0.75)
         for place, one in zip(places, of, strict=True):
             axes.plot([place] * len(one.values), one.values, color=colour, marker=".", linestyle="")
     axes.set_xticks(range(len(SHIFTS)), [shift.replace(" only", "") for shift in SHIFTS], rotation=20)
     legend(axes)
-    told = "; ".join(f"{shift} {find(measures, f'gain_{_key(shift)}').mean:+.1f}" for shift in SHIFTS)
+    told = "; ".join(f"{shift} {find(measures, f'gain_{key(shift)}').mean:+.1f}" for shift in SHIFTS)
     alt = f"Test accuracy with old and with new statistics; points that the new ones add: {told}."
     return {"shifts": (drawing, alt)}
 
@@ -149,7 +155,3 @@ class _Shifts:
             shift, (1.0, 0.0)
         )
         return [Split(np.asarray(x * scale + offset + noise, dtype=np.float32), y)]
-
-
-def _key(shift: str) -> str:
-    return shift.replace(" ", "_")

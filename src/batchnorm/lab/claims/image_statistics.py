@@ -12,7 +12,13 @@ from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
 from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run, Tier
 from batchnorm.lab.data import Dataset, Split
 from batchnorm.lab.fit import accuracy_and_loss, fit
-from batchnorm.lab.measures import find, measure_over_seeds, of_arm, said
+from batchnorm.lab.measures import (
+    find,
+    key,
+    measure_over_seeds,
+    of_arm,
+    said,
+)
 from batchnorm.lab.record import significant
 from batchnorm.recalibration import recalibrate
 
@@ -77,23 +83,23 @@ def measure(records: Sequence[Record]) -> list[Measure]:
             for estimate in (POPULATION, BATCH):
                 label = f"accuracy: {estimate} less {MOVING}, {arm}, step {step}"
                 values = [100 * (_at(record, estimate, step) - _at(record, MOVING, step)) for record in of]
-                found.append(measure_over_seeds(f"{estimate}_gap_{when}_{_key(arm)}", label, "points", values))
+                found.append(measure_over_seeds(f"{estimate}_gap_{when}_{key(arm)}", label, "points", values))
     for arm in _MOMENTA:
         for estimate in (MOVING, POPULATION, BATCH):
             for when, step in (("early", EARLY), ("late", LATE)):
                 values = [100 * _at(record, estimate, step) for record in of_arm(records, arm)]
                 label = f"accuracy, {estimate}, {arm}, step {step}"
-                found.append(measure_over_seeds(f"{_key(estimate)}_{when}_{_key(arm)}", label, "%", values))
+                found.append(measure_over_seeds(f"{key(estimate)}_{when}_{key(arm)}", label, "%", values))
     return found
 
 
 def judge(measures: Sequence[Measure]) -> Verdict:
     """The verdict by the thresholds that the card states."""
-    lag = find(measures, f"{POPULATION}_gap_early_{_key(SLOW)}")
-    usual = find(measures, f"{POPULATION}_gap_early_{_key(USUAL)}")
-    late = find(measures, f"{POPULATION}_gap_late_{_key(SLOW)}")
-    ruined = find(measures, f"{BATCH}_gap_late_{_key(BY_CLASS)}")
-    end = find(measures, f"{_key(MOVING)}_late_{_key(BY_CLASS)}")
+    lag = find(measures, f"{POPULATION}_gap_early_{key(SLOW)}")
+    usual = find(measures, f"{POPULATION}_gap_early_{key(USUAL)}")
+    late = find(measures, f"{POPULATION}_gap_late_{key(SLOW)}")
+    ruined = find(measures, f"{BATCH}_gap_late_{key(BY_CLASS)}")
+    end = find(measures, f"{key(MOVING)}_late_{key(BY_CLASS)}")
     reading = (
         f"After {EARLY} steps population statistics are {said(lag)} ahead of a moving average of momentum 0.01 and "
         f"{said(usual)} ahead of one of 0.1; after {LATE} steps {said(late)} ahead of the slow one. A network that "
@@ -127,7 +133,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
         axes.set_ylim(bottom=0)
         legend(axes)
         alt = f"Accuracy over steps on a logarithmic axis, {arm}, first to last, mean of the seeds: {'; '.join(told)}."
-        figures[_key(arm)] = (drawing, alt)
+        figures[key(arm)] = (drawing, alt)
     return figures
 
 
@@ -169,7 +175,3 @@ class _Estimates:
 
 def _at(record: Record, estimate: str, step: int) -> float:
     return float(record["values"][estimate][record["curves"]["step"].index(step)])
-
-
-def _key(words: str) -> str:
-    return words.replace(" ", "_")

@@ -19,6 +19,8 @@ from batchnorm.lab.measures import (
     at_rate,
     final_validation_accuracy,
     find,
+    key,
+    median_of,
     of_arm,
     ratio_over_seeds,
     said,
@@ -107,13 +109,13 @@ def measure(records: Sequence[Record]) -> list[Measure]:
             (f"{what}_linear", LINEAR, own[LINEAR], LINEAR_BN, own[LINEAR_BN], "own best rates"),
         )
         for name, first, ours, second, theirs, how in pairs:
-            ratios = [_median(one, what) / _median(other, what) for one, other in zip(ours, theirs, strict=True)]
+            ratios = [median_of(one, what) / median_of(other, what) for one, other in zip(ours, theirs, strict=True)]
             found.append(ratio_over_seeds(name, f"{words}: {first} over {second}, {how}", ratios))
     for arm, of in own.items():
         for what, words in MEASURED.items():
-            values = [_median(one, what) for one in of]
+            values = [median_of(one, what) for one in of]
             label = f"{words}, {arm}, rate {of[0]['rate']:g}"
-            found.append(ratio_over_seeds(f"{what}_of_{_key(arm)}", label, values))
+            found.append(ratio_over_seeds(f"{what}_of_{key(arm)}", label, values))
     return found
 
 
@@ -149,7 +151,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
                 steps = [EVERY * k for k in range(len(values))]
                 axes.plot(steps, values, color=colour, linestyle=dashes, label=label, alpha=0.8)
                 label = None
-            told.append(f"{arm} {statistics.fmean(_median(one, what) for one in of):.3g}")
+            told.append(f"{arm} {statistics.fmean(median_of(one, what) for one in of):.3g}")
         log_axis(axes.yaxis)
         legend(axes)
         alt = f"{words.capitalize()} over steps on a logarithmic axis, one line a seed; medians: {'; '.join(told)}."
@@ -196,13 +198,3 @@ class Along:
 
 def _at_own(records: Sequence[Record], arm: str) -> list[Record]:
     return at_best_rate(of_arm(records, arm), final_validation_accuracy)
-
-
-def _median(record: Record, what: str) -> float:
-    """Over the looks; those after a divergence, or with numbers that are not finite, count as the largest seen."""
-    values = [value for value in record["values"][what] if value is not None]
-    return max(statistics.median(values), 1e-12) if values else 1e12
-
-
-def _key(arm: str) -> str:
-    return arm.replace(" + ", " ").replace(" ", "_")

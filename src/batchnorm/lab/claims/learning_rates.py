@@ -15,6 +15,7 @@ from batchnorm.lab.measures import (
     final_validation_accuracy,
     find,
     gain_over_seeds,
+    key,
     last,
     measure_over_seeds,
     of_arm,
@@ -95,11 +96,11 @@ def measure(records: Sequence[Record]) -> list[Measure]:
         measure_over_seeds("wider", "rates that train: powers of ten more with batch norm", "decades", wider),
         ratio_over_seeds("higher", "largest rate that trains, batch norm over plain", higher),
         *(
-            measure_over_seeds(f"window_{_key(arm)}", f"rates that train, {arm}", "decades", [one[0] for one in found])
+            measure_over_seeds(f"window_{key(arm)}", f"rates that train, {arm}", "decades", [one[0] for one in found])
             for arm, found in windows.items()
         ),
         *(
-            _largest(f"largest_{_key(arm)}", f"largest rate that trains, {arm}", [one[1] for one in found])
+            _largest(f"largest_{key(arm)}", f"largest rate that trains, {arm}", [one[1] for one in found])
             for arm, found in windows.items()
         ),
         accuracy_over_seeds("accuracy_plain", f"accuracy, plain, own best rate {own:g}", theirs),
@@ -139,7 +140,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     log_axis(axes.xaxis)
     axes.set_ylim(0, 100)
     legend(axes)
-    windows = [find(measures, f"window_{_key(arm)}").mean for arm in (NORMALISED, PLAIN)]
+    windows = [find(measures, f"window_{key(arm)}").mean for arm in (NORMALISED, PLAIN)]
     alt = (
         f"Test accuracy over the learning rate on a logarithmic axis, mean and range of the seeds. Above the dotted "
         f"line at {TRAINS:.0%} are {windows[0]:.2f} powers of ten with batch norm and {windows[1]:.2f} without."
@@ -161,7 +162,3 @@ def _windows(records: Sequence[Record]) -> list[tuple[float, float]]:
 def _largest(name: str, label: str, rates: Sequence[float]) -> Measure:
     """Geometric mean of rates."""
     return replace(ratio_over_seeds(name, label, rates), unit="")
-
-
-def _key(arm: str) -> str:
-    return arm.replace(" ", "_")

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
 from batchnorm.lab.config import ImageTraining, Job, OwnNetwork, OwnNorm, Run, Tier
 from batchnorm.lab.fit import fit as run
-from batchnorm.lab.measures import accuracy_over_seeds, find, gain_over_seeds, of_arm, said
+from batchnorm.lab.measures import (
+    accuracy_over_seeds,
+    find,
+    gain_over_seeds,
+    key,
+    of_arm,
+    said,
+)
 
 __all__ = ["CARD", "figure", "jobs", "judge", "measure", "run"]
 
@@ -51,17 +58,17 @@ def measure(records: Sequence[Record]) -> list[Measure]:
     for arm in ARMS:
         large, small = of_arm(records, f"{arm} {LARGE}"), of_arm(records, f"{arm} {SMALL}")
         label = f"test accuracy lost from batch {LARGE} to {SMALL}, {arm}"
-        found.append(gain_over_seeds(f"lost_{_key(arm)}", label, large, small))
+        found.append(gain_over_seeds(f"lost_{key(arm)}", label, large, small))
     for arm in ARMS:
         for size in SIZES:
             of = of_arm(records, f"{arm} {size}")
-            found.append(accuracy_over_seeds(f"{_key(arm)}_{size}", f"test accuracy, {arm}, batch {size}", of))
+            found.append(accuracy_over_seeds(f"{key(arm)}_{size}", f"test accuracy, {arm}, batch {size}", of))
     return found
 
 
 def judge(measures: Sequence[Measure]) -> Verdict:
     """The verdict by the thresholds that the card states."""
-    own, group = (find(measures, f"lost_{_key(arm)}") for arm in ARMS)
+    own, group = (find(measures, f"lost_{key(arm)}") for arm in ARMS)
     reading = (
         f"From batch {LARGE} to {SMALL} your network loses {said(own)}, with group normalization {said(group)} (less "
         f"than 0: it gains)."
@@ -78,7 +85,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     drawing, axes = panel("Accuracy at each batch size", "images in a batch", "test accuracy (%)")
     told = []
     for arm, colour, dashes in zip(ARMS, (BLUE, GREEN), DASHES, strict=False):
-        of = [find(measures, f"{_key(arm)}_{size}") for size in SIZES]
+        of = [find(measures, f"{key(arm)}_{size}") for size in SIZES]
         axes.plot(SIZES, [one.mean for one in of], color=colour, linestyle=dashes, label=arm)
         for size, one in zip(SIZES, of, strict=True):
             axes.plot([size] * len(one.values), one.values, color=colour, linestyle="", marker=".")
@@ -92,7 +99,3 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
 def _training(size: int) -> ImageTraining:
     steps = SEEN // size
     return ImageTraining(batch_size=size, steps=steps, evaluations=(0, steps))
-
-
-def _key(arm: str) -> str:
-    return arm.replace(" ", "_")

@@ -13,7 +13,13 @@ from batchnorm.lab.claims.own_rates import ARMS, OWN, WITHOUT
 from batchnorm.lab.config import ImageTraining, Job, OwnNetwork, Run, Tier
 from batchnorm.lab.fit import batches, data_of, network_of
 from batchnorm.lab.gradients import loss_and_gradients, norm, weights_of
-from batchnorm.lab.measures import find, of_arm, ratio_over_seeds, said
+from batchnorm.lab.measures import (
+    find,
+    key,
+    of_arm,
+    ratio_over_seeds,
+    said,
+)
 from batchnorm.lab.record import make_record, significant
 from batchnorm.lab.train import one_thread
 
@@ -57,16 +63,16 @@ def measure(records: Sequence[Record]) -> list[Measure]:
     for arm in ARMS:
         norms = [np.maximum(np.array(record["values"]["norms"], float), 1e-30) for record in of_arm(records, arm)]
         label = f"largest over smallest relative gradient of a layer, {arm}"
-        found.append(ratio_over_seeds(f"spread_{_key(arm)}", label, [float(one.max() / one.min()) for one in norms]))
+        found.append(ratio_over_seeds(f"spread_{key(arm)}", label, [float(one.max() / one.min()) for one in norms]))
         label = f"relative gradient, first layer over last, {arm}"
-        found.append(ratio_over_seeds(f"first_{_key(arm)}", label, [float(one[0] / one[-1]) for one in norms]))
+        found.append(ratio_over_seeds(f"first_{key(arm)}", label, [float(one[0] / one[-1]) for one in norms]))
     return found
 
 
 def judge(measures: Sequence[Measure]) -> Verdict:
     """The verdict by the thresholds that the card states."""
-    own, without = find(measures, f"spread_{_key(OWN)}"), find(measures, f"spread_{_key(WITHOUT)}")
-    first = find(measures, f"first_{_key(OWN)}")
+    own, without = find(measures, f"spread_{key(OWN)}"), find(measures, f"spread_{key(WITHOUT)}")
+    first = find(measures, f"first_{key(OWN)}")
     reading = (
         f"The largest relative gradient of a layer is {said(own)} the smallest one with batch normalization, "
         f"{said(without)} without. The first layer's is {said(first)} the last one's."
@@ -87,7 +93,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
         axes.plot(range(1, len(mean) + 1), mean, color=colour, linestyle=dashes, label=arm)
     log_axis(axes.yaxis)
     legend(axes)
-    told = "; ".join(f"{arm} {find(measures, f'spread_{_key(arm)}').mean:.3g}" for arm in ARMS)
+    told = "; ".join(f"{arm} {find(measures, f'spread_{key(arm)}').mean:.3g}" for arm in ARMS)
     alt = f"Gradients relative to weights by layer on a logarithmic axis. Largest over smallest: {told}."
     return {"layers": (drawing, alt)}
 
@@ -107,7 +113,3 @@ def _run(run: Run, images: str) -> dict[str, Any]:
         seconds=time.perf_counter() - started,
         data_sha256=data.sha256,
     )
-
-
-def _key(arm: str) -> str:
-    return arm.replace(" ", "_")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,16 @@ from batchnorm.lab.claims.landscape import EVERY, MEASURED, REACHES, Along
 from batchnorm.lab.claims.own_rates import ARMS, OWN, WITHOUT
 from batchnorm.lab.config import ImageTraining, Job, OwnNetwork, Run, Tier
 from batchnorm.lab.fit import fit
-from batchnorm.lab.measures import at_best_rate, final_validation_accuracy, find, of_arm, ratio_over_seeds, said
+from batchnorm.lab.measures import (
+    at_best_rate,
+    final_validation_accuracy,
+    find,
+    key,
+    median_of,
+    of_arm,
+    ratio_over_seeds,
+    said,
+)
 
 STEPS, BATCH = 100, 64
 RATES = (0.03, 0.1, 0.3)
@@ -56,14 +64,14 @@ def measure(records: Sequence[Record]) -> list[Measure]:
         for arm in ARMS:
             if arm != OWN:
                 ratios = [
-                    _median(one, what) / _median(other, what) for one, other in zip(own[arm], own[OWN], strict=True)
+                    median_of(one, what) / median_of(other, what) for one, other in zip(own[arm], own[OWN], strict=True)
                 ]
                 label = f"{words}: {arm} over {OWN}, own best rates"
-                found.append(ratio_over_seeds(f"{what}_{_key(arm)}", label, ratios))
+                found.append(ratio_over_seeds(f"{what}_{key(arm)}", label, ratios))
     for what, words in MEASURED.items():
         for arm, of in own.items():
             label = f"{words}, {arm}, rate {of[0]['rate']:g}"
-            found.append(ratio_over_seeds(f"{what}_of_{_key(arm)}", label, [_median(one, what) for one in of]))
+            found.append(ratio_over_seeds(f"{what}_of_{key(arm)}", label, [median_of(one, what) for one in of]))
     return found
 
 
@@ -90,14 +98,5 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
             label = None
     log_axis(axes.yaxis)
     legend(axes)
-    told = "; ".join(f"{arm} {find(measures, f'predictiveness_of_{_key(arm)}').mean:.3g}" for arm in ARMS)
+    told = "; ".join(f"{arm} {find(measures, f'predictiveness_of_{key(arm)}').mean:.3g}" for arm in ARMS)
     return {"gradient": (drawing, f"Change of the gradient over steps on a logarithmic axis; medians: {told}.")}
-
-
-def _median(record: Record, what: str) -> float:
-    values = [value for value in record["values"][what] if value is not None]
-    return max(statistics.median(values), 1e-12) if values else 1e12
-
-
-def _key(arm: str) -> str:
-    return arm.replace(" ", "_")

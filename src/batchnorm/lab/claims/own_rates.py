@@ -14,6 +14,7 @@ from batchnorm.lab.measures import (
     final_validation_accuracy,
     find,
     gain_over_seeds,
+    key,
     of_arm,
     said,
 )
@@ -60,17 +61,17 @@ def measure(records: Sequence[Record]) -> list[Measure]:
     found = []
     for arm in (WITHOUT, GROUP):
         label = f"test accuracy, {OWN} less {arm}"
-        found.append(gain_over_seeds(f"over_{_key(arm)}", f"{label}, own best rates", own[OWN], own[arm]))
+        found.append(gain_over_seeds(f"over_{key(arm)}", f"{label}, own best rates", own[OWN], own[arm]))
         rate = own[arm][0]["rate"]
         same = at_rate(of_arm(records, OWN), rate)
-        found.append(gain_over_seeds(f"equal_{_key(arm)}", f"{label}, equal rate {rate:g}", same, own[arm]))
+        found.append(gain_over_seeds(f"equal_{key(arm)}", f"{label}, equal rate {rate:g}", same, own[arm]))
     for arm, of in own.items():
         label = f"test accuracy, {arm}, own best rate {of[0]['rate']:g}"
-        found.append(accuracy_over_seeds(f"best_{_key(arm)}", label, of))
+        found.append(accuracy_over_seeds(f"best_{key(arm)}", label, of))
     for arm in ARMS:
         for rate in RATES:
             of = at_rate(of_arm(records, arm), rate)
-            found.append(accuracy_over_seeds(f"{_key(arm)}_at_{rate:g}", f"test accuracy, {arm}, rate {rate:g}", of))
+            found.append(accuracy_over_seeds(f"{key(arm)}_at_{rate:g}", f"test accuracy, {arm}, rate {rate:g}", of))
     return found
 
 
@@ -92,17 +93,13 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     drawing, axes = panel("Accuracy at each learning rate", "learning rate", "test accuracy (%)")
     told = []
     for arm, colour, dashes in zip(ARMS, (BLUE, ORANGE, GREEN), DASHES, strict=False):
-        of = [find(measures, f"{_key(arm)}_at_{rate:g}") for rate in RATES]
+        of = [find(measures, f"{key(arm)}_at_{rate:g}") for rate in RATES]
         axes.plot(RATES, [one.mean for one in of], color=colour, linestyle=dashes, label=arm)
         axes.fill_between(
             RATES, [min(one.values) for one in of], [max(one.values) for one in of], color=colour, alpha=0.2
         )
-        told.append(f"{arm} {find(measures, f'best_{_key(arm)}').mean:.1f} %")
+        told.append(f"{arm} {find(measures, f'best_{key(arm)}').mean:.1f} %")
     log_axis(axes.xaxis)
     axes.set_ylim(bottom=0)
     legend(axes)
     return {"rates": (drawing, f"Test accuracy over the learning rate; at own best rates {'; '.join(told)}.")}
-
-
-def _key(arm: str) -> str:
-    return arm.replace(" ", "_")

@@ -14,6 +14,7 @@ from batchnorm.lab.measures import (
     final_validation_accuracy,
     find,
     gain_over_seeds,
+    key,
     of_arm,
     ratio_over_seeds,
     said,
@@ -89,11 +90,11 @@ def measure(records: Sequence[Record]) -> list[Measure]:
                 ratios = [_ratio(one, other, unit) for one, other in zip(plain, arms[arm], strict=True)]
                 missed = sum(_place(other, _level(one)) is None for one, other in zip(plain, arms[arm], strict=True))
                 label = f"{name}: {what} to match the plain network's best, plain over {arm}{_missed(missed, plain)}"
-                found.append(ratio_over_seeds(f"{what}_{kind}_{_key(arm)}", label, ratios))
+                found.append(ratio_over_seeds(f"{what}_{kind}_{key(arm)}", label, ratios))
         label = f"{name}: test accuracy, plain, own best rate {plain[0]['rate']:g}"
         found.append(accuracy_over_seeds(f"accuracy_{kind}_plain", label, plain))
         for arm, of in arms.items():
-            found.append(accuracy_over_seeds(f"accuracy_{kind}_{_key(arm)}", f"{name}: test accuracy, {arm}", of))
+            found.append(accuracy_over_seeds(f"accuracy_{kind}_{key(arm)}", f"{name}: test accuracy, {arm}", of))
         best = max(TIMES, key=lambda arm: sum(map(final_validation_accuracy, arms[arm])))
         label = f"{name}: test accuracy that {best} adds to the plain network's"
         found.append(gain_over_seeds(f"gain_{kind}", label, arms[best], plain))
@@ -210,7 +211,3 @@ def _ratio(plain: Record, other: Record, unit: str) -> float:
 
 def _missed(missed: int, of: Sequence[Record]) -> str:
     return f" ({missed} of {len(of)} never do and count all of theirs)" if missed else ""
-
-
-def _key(arm: str) -> str:
-    return arm.lower().replace(", ", "_").replace("-", "_")

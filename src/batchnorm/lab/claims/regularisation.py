@@ -21,6 +21,7 @@ from batchnorm.lab.measures import (
     final_validation_accuracy,
     find,
     gain_over_seeds,
+    key,
     measure_over_seeds,
     of_arm,
     said,
@@ -105,7 +106,7 @@ def measure(records: Sequence[Record]) -> list[Measure]:
         ),
         gain_over_seeds("equal", f"{words}, batch norm less plain, equal rate {equal:g}", same, own[PLAIN]),
         *(
-            accuracy_over_seeds(f"accuracy_{_key(arm)}", f"{words}, {arm}, rate {of[0]['rate']:g}", of)
+            accuracy_over_seeds(f"accuracy_{key(arm)}", f"{words}, {arm}, rate {of[0]['rate']:g}", of)
             for arm, of in own.items()
         ),
         single,
@@ -135,7 +136,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     names = [*_NETWORKS, "ensemble"]
     told = []
     for place, (name, colour) in enumerate(zip(names, (ORANGE, PURPLE, BLUE, GREEN, GREY), strict=True)):
-        of = find(measures, "ensemble" if name == "ensemble" else f"accuracy_{_key(name)}")
+        of = find(measures, "ensemble" if name == "ensemble" else f"accuracy_{key(name)}")
         axes.plot([place] * len(of.values), of.values, color=colour, marker="o", linestyle="", alpha=0.6)
         axes.errorbar([place + 0.15], [of.mean], [[of.mean - of.low], [of.high - of.mean]], color=colour, marker="_")
         told.append(f"{name} {of.mean:.2f} %")
@@ -168,7 +169,3 @@ class _Answers:
     def values(self) -> Mapping[str, Any]:
         """The accuracy of the ensemble, in the record of its last member."""
         return self._found
-
-
-def _key(arm: str) -> str:
-    return arm.replace(" + ", " ").replace(" ", "_")

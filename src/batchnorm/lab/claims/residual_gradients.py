@@ -14,7 +14,13 @@ from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
 from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run, Tier
 from batchnorm.lab.fit import batches, data_of, image_shape
 from batchnorm.lab.gradients import loss_and_gradients, norm, weights_of
-from batchnorm.lab.measures import find, of_arm, ratio_over_seeds, said
+from batchnorm.lab.measures import (
+    find,
+    key,
+    of_arm,
+    ratio_over_seeds,
+    said,
+)
 from batchnorm.lab.networks import build
 from batchnorm.lab.record import make_record, significant
 from batchnorm.lab.train import one_thread
@@ -68,14 +74,14 @@ def run(job: Job) -> list[dict[str, Any]]:
 def measure(records: Sequence[Record]) -> list[Measure]:
     """Factor of the gradient a layer, towards the input."""
     return [
-        ratio_over_seeds(f"factor_{_key(arm)}", f"gradient a layer towards the input, {arm}", _factors(records, arm))
+        ratio_over_seeds(f"factor_{key(arm)}", f"gradient a layer towards the input, {arm}", _factors(records, arm))
         for arm in _NETWORKS
     ]
 
 
 def judge(measures: Sequence[Measure]) -> Verdict:
     """The verdict by the thresholds that the card states."""
-    plain, bn, residual, both = (find(measures, f"factor_{_key(arm)}") for arm in _NETWORKS)
+    plain, bn, residual, both = (find(measures, f"factor_{key(arm)}") for arm in _NETWORKS)
     reading = (
         f"From layer to layer towards the input gradients are multiplied by {said(bn)} with batch normalization, "
         f"{said(both)} with shortcuts around every two layers as well, {said(plain)} without either and "
@@ -97,7 +103,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
         axes.plot(range(1, norms.shape[1] + 1), relative, color=colour, linestyle=dashes, label=arm)
     log_axis(axes.yaxis)
     legend(axes, columns=2)
-    told = "; ".join(f"{arm} {find(measures, f'factor_{_key(arm)}').mean:.2f}" for arm in _NETWORKS)
+    told = "; ".join(f"{arm} {find(measures, f'factor_{key(arm)}').mean:.2f}" for arm in _NETWORKS)
     return {"layers": (drawing, f"Norms of gradients by layer on a logarithmic axis. Factor a layer: {told}.")}
 
 
@@ -121,7 +127,3 @@ def _factors(records: Sequence[Record], arm: str) -> list[float]:
         slope = np.polyfit(np.arange(len(logarithms)), logarithms, 1)[0]
         factors.append(float(np.exp(-slope)))
     return factors
-
-
-def _key(arm: str) -> str:
-    return arm.lower().replace(" + ", "_")
