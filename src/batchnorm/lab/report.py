@@ -7,10 +7,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from batchnorm.errors import ArgumentError
 from batchnorm.lab.claim import Card, Claim, Measure, Record, Verdict
@@ -18,9 +18,6 @@ from batchnorm.lab.claims import CLAIMS
 from batchnorm.lab.config import Data, Tier
 from batchnorm.lab.data import load
 from batchnorm.lab.record import RecordFile, Session
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SCHEMA = 1
 
@@ -128,9 +125,11 @@ def _make(
     drawings: dict[str, str] = {}
     claims = []
     for one in judged:
-        svgs, listed = _draw(made, one)
-        drawings |= svgs
-        claims.append(_entry(one, listed))
+        entry = _entry(one)
+        for listed, svg in _draw(made, one, entry):
+            entry["figures"].append(listed)
+            drawings[listed["file"]] = svg
+        claims.append(entry)
     environment = dict(session.environment)
     results: dict[str, Any] = {
         "schema": SCHEMA,
@@ -151,32 +150,31 @@ def _make(
     return results
 
 
-def _draw(made: Path, judged: Judged) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Write the figures of a claim; give them as SVG by file, and as results.json lists them."""
+def _draw(made: Path, judged: Judged, entry: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], str]]:
+    """Write the figures of a claim: its own, then its measures; each as results.json lists it, and as SVG."""
+    from batchnorm.lab.measured import measured
     from batchnorm.reporting.figures import look, to_pdf, to_png, to_svg
 
     (made / "figures").mkdir(exist_ok=True)
-    svgs, listed = {}, []
     with look():
-        figures: dict[str, tuple[Figure, str]] = judged.claim.figure(judged.records, judged.measures)
+        figures = judged.claim.figure(judged.records, judged.measures) | measured([entry])
         for name, (figure, alt) in figures.items():
             stem = f"figures/{judged.card.name}-{name}"
-            svgs[f"{stem}.svg"] = to_svg(figure, alt)
-            (made / f"{stem}.svg").write_text(svgs[f"{stem}.svg"], encoding="utf-8")
+            svg = to_svg(figure, alt)
+            (made / f"{stem}.svg").write_text(svg, encoding="utf-8")
             (made / f"{stem}.png").write_bytes(to_png(figure))
             (made / f"{stem}.pdf").write_bytes(to_pdf(figure))
-            listed.append({"name": name, "file": f"{stem}.svg", "alt": alt})
-    return svgs, listed
+            yield {"name": name, "file": f"{stem}.svg", "alt": alt}, svg
 
 
-def _entry(judged: Judged, figures: list[dict[str, str]]) -> dict[str, Any]:
+def _entry(judged: Judged) -> dict[str, Any]:
     return {
         **asdict(judged.card),
         "verdict": judged.verdict.verdict,
         "reading": judged.verdict.reading,
         "headline": _measure(judged.verdict.headline),
         "measures": [_measure(measure) for measure in judged.measures],
-        "figures": figures,
+        "figures": [],
         "seeds": sorted({record["seed"] for record in judged.records}),
         "runs": len(judged.records),
         "seconds": round(judged.seconds, 2),
