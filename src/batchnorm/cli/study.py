@@ -135,6 +135,9 @@ def compare_studies(
     second: Annotated[Path, typer.Argument(metavar="B", help="Output folder of another one.")],
     all_measures: Annotated[bool, typer.Option("--all", help="Every measure, not the headlines alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write a page with the figures of both.")
+    ] = None,
 ) -> None:
     """Show two studies side by side: verdicts and measures with their intervals.
 
@@ -144,9 +147,13 @@ def compare_studies(
     from dataclasses import asdict
 
     from batchnorm.cli.study_display import show_comparison
-    from batchnorm.lab.comparison import compare
+    from batchnorm.lab.comparison import compare, comparison_page
 
     found = compare(first, second)
+    if out is not None:
+        from batchnorm.shift.storage import write_whole
+
+        write_whole(out, comparison_page(first, second).encode("utf-8"))
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1, allow_nan=False))
     else:

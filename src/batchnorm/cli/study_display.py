@@ -114,17 +114,15 @@ def show_comparison(found: Comparison, *, all_measures: bool) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("Claim" if not all_measures else "Claim and measure", ratio=5)
     for name in found.names:
-        table.add_column(f"{Path(name).name}: verdict", no_wrap=True)
-        table.add_column("Mean (95 % interval)", ratio=3)
+        table.add_column(Path(name).name, ratio=4)
     table.add_column("Intervals", no_wrap=True)
     for row in found.rows if all_measures else found.headlines:
         cells = [
-            cell
+            _verdict(side.verdict, width=11).append(_mean_and_interval({**vars(side), "unit": row.unit}), style="default")
             for side in (row.first, row.second)
-            for cell in (_verdict(side.verdict), Text(_mean_and_interval({**vars(side), "unit": row.unit})))
         ]
         title = f"{row.title}: {row.label}" if all_measures else row.title
-        table.add_row(Text(title), *cells, "overlap" if row.agrees else "differ")
+        table.add_row(Text(title), *cells, "overlap" if row.intervals_overlap else "differ")
     console.print(table)
     for name, claims in zip(found.names, found.only, strict=True):
         if claims:
