@@ -78,6 +78,7 @@ def check(claim: Claim, records: list[dict[str, Any]]) -> str:
     ordered = sorted(records, key=lambda record: (record["arm"], record["seed"], record["rate"], record["key"]))
     measures = claim.measure(ordered)
     assert len({measure.name for measure in measures}) == len(measures)
+    assert {one.measure for one in claim.CARD.reported} <= {measure.name for measure in measures}
     verdict = claim.judge(measures)
     assert verdict.headline in measures
     assert "nan" not in verdict.reading

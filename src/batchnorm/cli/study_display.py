@@ -118,7 +118,9 @@ def show_comparison(found: Comparison, *, all_measures: bool) -> None:
     table.add_column("Intervals", no_wrap=True)
     for row in found.rows if all_measures else found.headlines:
         cells = [
-            _verdict(side.verdict, width=11).append(_mean_and_interval({**vars(side), "unit": row.unit}), style="default")
+            _verdict(side.verdict, width=11).append(
+                _mean_and_interval({**vars(side), "unit": row.unit}), style="default"
+            )
             for side in (row.first, row.second)
         ]
         title = f"{row.title}: {row.label}" if all_measures else row.title

@@ -161,19 +161,20 @@ def comparison_page(first: Path, second: Path) -> str:
     one, other = (_claims(found) for found in results)
     claims = []
     for name in (name for name in one if name in other):
-        figures = []
         with look():
-            for drawing, alt in measured((one[name], other[name]), names).values():
-                figures.append({"of": "", "alt": alt, "svg": to_svg(drawing, alt)})
-        theirs = {figure["file"]: figure for figure in other[name]["figures"]}
-        for figure in one[name]["figures"]:
-            pair = (figure, theirs.get(figure["file"]))
-            if "measures_" in figure["file"]:
-                continue  # both in one panel already
-            for folder, study, drawn in zip(folders, names, pair, strict=True):
-                if drawn is not None and (path := folder / drawn["file"]).is_file():
-                    figures.append({"of": study, "alt": drawn["alt"], "svg": path.read_text(encoding="utf-8")})
-        claims.append({"name": name, "title": one[name]["title"], "figures": figures})
+            both = [
+                {"svg": to_svg(drawing, alt), "alt": alt}
+                for drawing, alt in measured((one[name], other[name]), names).values()
+            ]
+        pairs = [
+            {"of": study, "alt": figure["alt"], "svg": (folder / figure["file"]).read_text(encoding="utf-8")}
+            for file in _drawn(one[name], first)
+            if file in _drawn(other[name], second)
+            for folder, study, claim in zip(folders, names, (one[name], other[name]), strict=True)
+            for figure in claim["figures"]
+            if figure["file"] == file
+        ]
+        claims.append({"name": name, "title": one[name]["title"], "both": both, "pairs": pairs})
     return render(
         "compare.html",
         found=compare(first, second),
@@ -185,6 +186,12 @@ def comparison_page(first: Path, second: Path) -> str:
             for found in results
         ],
     )
+
+
+def _drawn(claim: Mapping[str, Any], folder: Path) -> list[str]:
+    """The figures of a claim that are there, but for those of its measures, which one panel shows for both."""
+    files = [figure["file"] for figure in claim["figures"] if not figure["name"].startswith("measures_")]
+    return [file for file in files if (folder / file).is_file()]
 
 
 def _claims(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -170,6 +170,7 @@ def _draw(made: Path, judged: Judged, entry: Mapping[str, Any]) -> Iterator[tupl
 def _entry(judged: Judged) -> dict[str, Any]:
     return {
         **asdict(judged.card),
+        "reported": [asdict(one) for one in judged.card.reported],
         "verdict": judged.verdict.verdict,
         "reading": judged.verdict.reading,
         "headline": _measure(judged.verdict.headline),
