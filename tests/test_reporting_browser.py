@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from playwright import sync_api
 from toy_claims import make_claim
 
 from batchnorm.lab import report
@@ -26,8 +27,6 @@ from batchnorm.reporting.figures import look, to_svg
 from batchnorm.reporting.page import render_study
 from batchnorm.shift import Reference, render
 from batchnorm.shift.compare import compare
-
-sync_api = pytest.importorskip("playwright.sync_api")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTHS = (375, 1440)
