@@ -112,6 +112,7 @@ def test_pages_in_a_browser(pages: dict[str, Path], subtests: pytest.Subtests) -
         try:
             for name, path in pages.items():
                 context = browser.new_context(offline=True)
+                context.set_default_timeout(120_000)  # milliseconds; tests share their processor
                 page = context.new_page()
                 said: list[str] = []
                 asked: list[str] = []

@@ -90,6 +90,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
         over(axes, SIZES, of, color=colour, linestyle=dashes, label=arm)
         told.append(f"{arm} {of[0].mean:.1f} to {of[-1].mean:.1f} %")
     log_axis(axes.xaxis)
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
     axes.set_ylim(bottom=0)
     legend(axes)
     return {"sizes": (drawing, f"Test accuracy over the batch size, smallest to largest: {'; '.join(told)}.")}

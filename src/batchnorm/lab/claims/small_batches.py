@@ -123,6 +123,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
         over(axes, sizes, of, color=colour, linestyle=dashes, label=name)
         told.append(f"{name} {of[0].mean:.1f} to {of[-1].mean:.1f} %")
     log_axis(axes.xaxis)
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
     legend(axes)
     alt = f"Test accuracy over the batch size on a logarithmic axis, first and last: {'; '.join(told)}."
     lost, axes = panel("Accuracy less that at batch 32", "images in a batch", "percentage points", height=1.15)
@@ -134,6 +135,7 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
         gone = [errors[LARGE] - error for error in errors.values()]
         axes.plot(list(errors), gone, **{**REPORTED, "color": colour}, label=f"{name}, {WHERE}")
     log_axis(axes.xaxis)
+    axes.set_xticks(list(ERRORS["batch"]), [str(size) for size in ERRORS["batch"]])
     legend(axes, columns=1)
     beside = "; ".join(f"{name} {errors[LARGE] - errors[SMALL]:.1f}" for name, errors in ERRORS.items())
     return {
