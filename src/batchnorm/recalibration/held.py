@@ -79,7 +79,7 @@ class _Modes(NamedTuple):
         autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
         keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
         stacks = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
-        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         return _Modes(torch.is_grad_enabled(), autocast, (*(key.raw_repr() for key in keys), *stacks, stream))
 
     def set(self) -> None:

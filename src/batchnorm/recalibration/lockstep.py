@@ -28,7 +28,7 @@ _LIVE = 4
 _SHARE = 0.5
 """Of the free memory that may be used where no limit is given."""
 _SMALL = 64 << 10
-"""Bytes of an input to a layer: such ones are gone through together, as a call for each would cost more than the sums."""
+"""Bytes of a layer's input: small ones are gone through together, as a call for each would cost more than the sums."""
 _LITTLE = 64 << 20
 """Bytes that are always there: looking how much memory is free takes a millisecond."""
 
@@ -189,7 +189,11 @@ class Lockstep:
 
 def _is_plain(layer: BatchNormalization, kwargs: Mapping[str, Any]) -> bool:
     """Whether this call has its batches on the first axis, the channels on the second, and all values count."""
-    return not isinstance(layer, DecorrelatedBatchNorm) and getattr(layer, "channel_axis", 1) == 1 and kwargs.get("mask") is None
+    return (
+        not isinstance(layer, DecorrelatedBatchNorm)
+        and getattr(layer, "channel_axis", 1) == 1
+        and kwargs.get("mask") is None
+    )
 
 
 class _Waiting:
