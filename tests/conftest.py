@@ -14,6 +14,8 @@ def _seeded():
 
     One thread: the workers of pytest-xdist share the cores, and threads of each would wait for those of the others.
     """
+    if os.environ["KERAS_BACKEND"] == "jax":  # which needs no torch, and starts faster without
+        return
     import torch
 
     torch.set_num_threads(1)
