@@ -45,8 +45,8 @@ CARD = Card(
     "inference fail",
     setup=f"A VGG with batch normalization on 10000 images averaged down to 16x16, batches of 64, rate {RATE:g}, "
     f"momenta 0.01, 0.1 and 1, {STEPS} steps. At steps {', '.join(map(str, LOOKS))} {TESTED} validation images are "
-    f"classified with the moving average, with population statistics of {SAMPLE} training images, and with those of each batch of 64. One arm "
-    "trains on batches that hold one class each.",
+    f"classified with the moving average, with population statistics of {SAMPLE} training images, and with those of "
+    "each batch of 64. One arm trains on batches that hold one class each.",
     caveat="The rate is high on purpose: where weights move slowly a moving average keeps up. Rates are equal by "
     "design, as all estimates are of the same network.",
     threshold=f"At step {EARLY}, population less moving average (momentum 0.01): at least {LAGS:g} points; and in "
