@@ -87,7 +87,7 @@ def write_report(folder: Path) -> dict[str, Any]:
             f"expected a folder with the records of a study, but {str(folder)!r} holds none; "
             f"train first: batchnorm study --out {folder}"
         )
-    judged, unfinished = _collect(sessions, file.records())
+    judged, unfinished = _collect(sessions, file.records(), file.failures())
     with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as made:
         images = next((session.images for session in sessions if session.images is not None), None)
         results = _make(Path(made), sessions[-1], judged, unfinished, images)
@@ -95,11 +95,14 @@ def write_report(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _collect(sessions: Sequence[Session], records: Iterable[Record]) -> tuple[list[Judged], list[Claim]]:
-    """The claims that are finished, and those that were asked for and are not; each as it was asked for last."""
+def _collect(
+    sessions: Sequence[Session], records: Iterable[Record], failures: Mapping[str, str]
+) -> tuple[list[Judged], list[str]]:
+    """The claims that are finished, and the titles of those that were asked for and are not, with what failed."""
     found = {record["key"]: record for record in records}
     asked = {name: session for session in sessions for name in session.claims}
-    judged, unfinished = [], []
+    judged: list[Judged] = []
+    unfinished: list[str] = []
     for claim in CLAIMS:
         session = asked.get(claim.CARD.name)
         if session is None:
@@ -109,7 +112,9 @@ def _collect(sessions: Sequence[Session], records: Iterable[Record]) -> tuple[li
         if all(key in found for key in keys):
             judged.append(judge(claim, [found[key] for key in keys]))
         else:
-            unfinished.append(claim)
+            failed = [key for key in keys if key in failures]
+            why = f" ({len(failed)} of its {len(keys)} runs failed; {failures[failed[0]]})" if failed else ""
+            unfinished.append(claim.CARD.title + why)
     return judged, unfinished
 
 
@@ -117,7 +122,7 @@ def _make(
     made: Path,
     session: Session,
     judged: Sequence[Judged],
-    unfinished: Sequence[Claim],
+    unfinished: Sequence[str],
     images: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     from batchnorm.reporting.page import render_study
@@ -137,7 +142,7 @@ def _make(
             "tier": session.tier,
             "seeds": list(session.seeds),
             "version": environment["batchnorm"],
-            "unfinished": [claim.CARD.title for claim in unfinished],
+            "unfinished": list(unfinished),
         },
         "environment": environment,
         "data": _data(judged, images),
