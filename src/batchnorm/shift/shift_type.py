@@ -93,7 +93,7 @@ def target_given_inputs(data: Encoded, target: Floats, is_class: bool, fold: Int
 
     For a model f of the target and a model e of the side, both cross-fitted on both sides' rows, the products
     (y - f(x)) (side - e(x)) have mean 0 exactly where y and side are independent given x. A second product, weighted by
-    f(x), finds changes of opposite sign.
+    what models of either side alone say differently of x, finds changes of opposite sign.
 
     Args:
         data: rows of both sides.
@@ -111,8 +111,12 @@ def target_given_inputs(data: Encoded, target: Floats, is_class: bool, fold: Int
     products = []
     for column in columns.T:
         guess = _cross_fitted(x, column, folds, data.is_category, is_class=is_class)
+        old, new = (
+            _cross_fitted(x, column, folds, data.is_category, is_class=is_class, learned=which)
+            for which in (~side, side)
+        )
         product = (column - guess) * (side - chance)
-        products += [product, product * (guess - guess.mean())]
+        products += [product, product * (new - old - (new - old).mean())]
     return _mean_is_zero(np.column_stack(products), None if unit is None else unit[kept])
 
 
@@ -180,14 +184,18 @@ def _mean_is_zero(values: Floats, unit: Ints | None) -> float:
     return float(stats.f.sf(t2 * (n - d) / (d * (n - 1)), d, n - d))
 
 
-def _cross_fitted(x: Floats, y: Floats, fold: Ints, is_category: Bools, *, is_class: bool) -> Floats:
+def _cross_fitted(
+    x: Floats, y: Floats, fold: Ints, is_category: Bools, *, is_class: bool, learned: Bools | None = None
+) -> Floats:
+    """What models say of each fold that have learned from the others; only from the rows `learned`, (N,), if given."""
     found = np.zeros(y.size)
     for k in np.unique(fold):
         held = fold == k
-        if np.unique(y[~held]).size < 2:
-            found[held] = y[~held].mean()
+        rest = ~held if learned is None else ~held & learned
+        if np.unique(y[rest]).size < 2:
+            found[held] = y[rest].mean() if rest.any() else 0.0
             continue
-        model = Boosting(x[~held], y[~held], is_class=is_class, is_category=is_category, trees=_TREES)
+        model = Boosting(x[rest], y[rest], is_class=is_class, is_category=is_category, trees=_TREES)
         found[held] = model.probabilities(x[held])[:, 1] if is_class else model.predict(x[held])
     return found
 
