@@ -14,8 +14,8 @@ from batchnorm.kernels.recomputation import Saving, recomputing
 def save_memory() -> Iterator[None]:
     """Within the block, outputs of our layers are not kept for backward, but recomputed when backward needs them.
 
-    A convolution keeps its input y for the gradient of its weight, and the layer before it keeps its own input x, of the
-    same size: y = activation(BN(x) + residual). Of the two x is enough, as mean and variance are kept anyway.
+    A convolution keeps its input y for the gradient of its weight, and the layer before it its own input x, of the same
+    size: y = activation(BN(x) + residual). Of the two x is enough, as mean and variance are kept anyway.
     Gradients are those without it, to the last bit; running statistics do not move again; nothing about the model
     changes. The price is one more pass of normalisation for each output that somebody would have kept.
 

@@ -112,8 +112,8 @@ def _count(
         work = copy.deepcopy(model)
     except Exception as error:
         raise ArgumentError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and its running statistics shall "
-            "not move: remove what cannot be copied, as hooks that hold generators or open files."
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}), and its running statistics "
+            "shall not move: remove what cannot be copied, as hooks that hold generators or open files."
         ) from error
     args, kwargs = copied(given)
     recipes: dict[str, list[weakref.ref[Recipe]]] = {}
@@ -148,8 +148,8 @@ def _why_not(layer: torch.nn.Module, output: Any) -> str:
     if not getattr(output, "requires_grad", False):
         return "no gradient goes through it"
     return (
-        "not all that its output is made of is kept (an addition without activation, ghost batches, whitening, hooks of "
-        "others), or too many outputs in a row need one another"
+        "not all that its output is made of is kept (an addition without activation, ghost batches, whitening, other "
+        "hooks), or too many outputs in a row need one another"
     )
 
 
