@@ -70,7 +70,7 @@ def saved_bytes(model: torch.nn.Module, example: Any) -> SavedBytes:
         >>> from batchnorm import BatchNorm2d
         >>> layers = [torch.nn.Conv2d(3, 8, 3), BatchNorm2d(8, activation="relu"), torch.nn.Conv2d(8, 4, 3)]
         >>> print(saved_bytes(torch.nn.Sequential(*layers), torch.randn(16, 3, 34, 34)))
-        kept for backward: 1.2 MiB, with save_memory() 0.7 MiB (-42%)
+        kept for backward: 1.2 MiB, with save_memory() 0.7 MiB (-41%)
           recomputed: 1 of 1 layers' outputs
     """
     given = arguments_of(example)
