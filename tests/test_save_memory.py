@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -592,3 +594,10 @@ def test_the_core_leaves_it_to_the_general_way_where_it_is_switched_off_meanwhil
         dispatch.set_backend("auto")
     expected = torch.autograd.grad(_squared(model, X), list(model.parameters()))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_examples_of_the_page_run():
+    path = Path(__file__).parent.parent / "docs" / "memory.md"
+    found = doctest.testfile(str(path), module_relative=False)
+    assert found.attempted >= 7
+    assert found.failed == 0
