@@ -63,6 +63,18 @@ class Work:
         self.used = reshaped(self.folded, self.view.channels)
         return cast(torch.Tensor, self._unfold(y))
 
+    def again(
+        self,
+        backend: Backend,
+        x: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        residual: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What `forward` gave by that backend, from the same statistics."""
+        work = Work(self.view, backend, None, self.folded, self.eps, self.activation, None)
+        return work.forward(x, weight, bias, residual)
+
     def keep_statistics(self) -> None:
         """Copies what was given: running statistics may move on before the backward pass."""
         if self.given is not None:
