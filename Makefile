@@ -42,8 +42,8 @@ $(VENV)/.package: $(NEEDS) | $(BIN)/python
 # What an extra of the installed package asks for; installing the package again would compile its core again.
 $(VENV)/.%: $(NEEDS) $(VENV)/.package
 	@echo "Installing what 'make $*' needs"
-	@$(BIN)/python -c 'import importlib.metadata as m; \
-		print(*(r.split(";")[0] for r in m.requires("batchnorm") if "$*" in r.partition("extra == ")[2]), sep="\n")' > $@-needs
+	@$(BIN)/python -c 'import importlib.metadata as m, re; \
+		print(*(re.split("; extra| and extra", r)[0] for r in m.requires("batchnorm") if "$*" in r.partition("extra == ")[2]), sep="\n")' > $@-needs
 	@$(PIP) --requirement $@-needs
 	@touch $@
 

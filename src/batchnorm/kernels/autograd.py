@@ -113,20 +113,19 @@ class Work:
 
         Args:
             dy: gradient of the output.
-            inputs: x, weight, bias and what `forward_keeping` kept; without an activation that is nothing: the residual's
+            inputs: x, weight, bias and what `forward_keeping` kept; without an activation nothing, as the residual's
                 gradient is dy.
             wanted: for which of them.
         """
         x, weight, bias, residual = inputs
         assert x is not None
         activation = self.activation
-        if residual is not None and self.packer is not None:
+        is_packed = residual is not None and self.packer is not None
+        if is_packed and (torch.is_grad_enabled() or not backend_now(dy).packs):
             # The bits are one more factor of dy, for whoever cannot read them.
-            if torch.is_grad_enabled() or not backend_now(dy).packs:
-                signs = self.view.unfold(self.packer.unpacked(residual, self.view.fold(x)))
-                dy, activation = torch.where(signs, dy, 0), None
-                inputs = x, weight, bias, None
-                residual = None
+            signs = self.view.unfold(self.packer.unpacked(residual, self.view.fold(x)))
+            dy, activation, residual, is_packed = torch.where(signs, dy, 0), None, None, False
+            inputs = x, weight, bias, None
         for_x, for_weight, for_bias, for_residual = wanted
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate the gradient
             given = None if self.given is None else self.folded
@@ -141,7 +140,7 @@ class Work:
         backend, mask, is_estimated = self.backend, self.mask, self.given is None
         affine = self._affine(weight, bias)._replace(activation=activation)
         dy3, x3 = cast(torch.Tensor, self._fold(dy)), cast(torch.Tensor, self._fold(x))
-        residual3 = residual if self.packer is not None else self._fold(residual)
+        residual3 = residual if is_packed else self._fold(residual)
         dx = dresidual = sums = None
         needs_sums = for_weight or for_bias or (for_x and is_estimated)
         if for_x and needs_sums and self.ranks is None:

@@ -1,6 +1,7 @@
 """Which backend computes: "auto" takes the fastest one there is for a tensor, a name takes that one or raises.
 
-The environment variable BATCHNORM_BACKEND ("auto", "cpu", "triton" or "reference") says so at start, `set_backend` later.
+The environment variable BATCHNORM_BACKEND ("auto", "cpu", "triton" or "reference") says so at start, `set_backend`
+later.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""y = activation((x - mean) * inv_std * weight + bias + residual), one read of x and of the residual, one write of y."""
+"""y = activation((x - mean) * inv_std * weight + bias + residual), x and residual read once, y written once."""
 
 import triton
 import triton.language as tl

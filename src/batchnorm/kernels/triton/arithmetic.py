@@ -60,6 +60,7 @@ def affine_of(weight, bias, channel, inv_std, rest, WIDE: tl.constexpr):
 
 @triton.jit
 def sigmoid(z):
+    """1 / (1 + exp(-z))."""
     return 1.0 / (1.0 + tl.exp(-z))
 
 

@@ -79,7 +79,8 @@ def stats(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
     with _on_device_of(x):
         partial_moments[(layout.groups * splits,)](
             x, mask, parts[0], parts[1], counts, layout.groups, tiling.across, layout.rows, layout.columns,
-            tiling.full // _BLOCK if mask is None else 0, blocks, splits, *strides, *((0, 0) if mask is None else mask_strides(layout, mask)),
+            tiling.full // _BLOCK if mask is None else 0, blocks, splits, *strides,
+            *((0, 0) if mask is None else mask_strides(layout, mask)),
             HAS_MASK=mask is not None, WIDE=_wide_of(x), PLANAR=layout.is_planar, BR=tiling.height, BK=tiling.width,
             num_warps=4, maxnreg=_registers(layout.groups * splits, x),
         )  # fmt: skip
@@ -137,7 +138,8 @@ def _apply(
     with _on_device_of(x):
         applied[(layout.groups * tiling.number,)](
             x, residual, y, signs, *_parameters(statistics, affine), layout.groups, tiling.across, layout.rows,
-            layout.columns, x.shape[1], tiling.number, *_strides(layout, x), *_strides(layout, residual), *_strides(layout, y),
+            layout.columns, x.shape[1], tiling.number, *_strides(layout, x), *_strides(layout, residual),
+            *_strides(layout, y),
             EPS=affine.eps, ACTIVATION=ACTIVATION_CODES[affine.activation], WIDE=_wide_of(x), PLANAR=layout.is_planar,
             EVEN=tiling.is_even, LENGTH=layout.length, BR=tiling.height, BK=tiling.width, num_warps=4,
         )  # fmt: skip
@@ -176,7 +178,8 @@ def _reduce(
             dy, x, residual, signs, *parameters, parts, layout.groups, tiling.across, layout.rows, layout.columns,
             channels, blocks, splits, stride, *_strides(layout, dy), *_strides(layout, x), *_strides(layout, residual),
             EPS=affine.eps, ACTIVATION=ACTIVATION_CODES[affine.activation], WIDE=_wide_of(x), PLANAR=layout.is_planar,
-            EVEN=tiling.is_even, LENGTH=layout.length, BR=tiling.height, BK=tiling.width, UNROLLED=_UNROLLED, num_warps=4,
+            EVEN=tiling.is_even, LENGTH=layout.length, BR=tiling.height, BK=tiling.width, UNROLLED=_UNROLLED,
+            num_warps=4,
         )  # fmt: skip
         lanes, together = _merging(layout)
         merged_sums[(triton.cdiv(channels, together),)](

@@ -9,7 +9,7 @@ decides: no atomic addition, and the same bits in every run.
 import triton
 import triton.language as tl
 
-from batchnorm.kernels.triton.arithmetic import place, where_valid
+from batchnorm.kernels.triton.arithmetic import place
 
 
 @triton.jit
