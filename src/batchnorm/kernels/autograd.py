@@ -120,11 +120,11 @@ class Work:
         x, weight, bias, residual = inputs
         assert x is not None
         activation = self.activation
-        is_packed = residual is not None and self.packer is not None
-        if is_packed and (torch.is_grad_enabled() or not backend_now(dy).packs):
+        packer = self.packer
+        if packer is not None and residual is not None and (torch.is_grad_enabled() or not backend_now(dy).packs):
             # The bits are one more factor of dy, for whoever cannot read them.
-            signs = self.view.unfold(self.packer.unpacked(residual, self.view.fold(x)))
-            dy, activation, residual, is_packed = torch.where(signs, dy, 0), None, None, False
+            signs = self.view.unfold(packer.unpacked(residual, self.view.fold(x)))
+            dy, activation, residual = torch.where(signs, dy, 0), None, None
             inputs = x, weight, bias, None
         for_x, for_weight, for_bias, for_residual = wanted
         if torch.is_grad_enabled():  # create_graph=True: somebody wants to differentiate the gradient
@@ -140,7 +140,7 @@ class Work:
         backend, mask, is_estimated = self.backend, self.mask, self.given is None
         affine = self._affine(weight, bias)._replace(activation=activation)
         dy3, x3 = cast(torch.Tensor, self._fold(dy)), cast(torch.Tensor, self._fold(x))
-        residual3 = residual if is_packed else self._fold(residual)
+        residual3 = residual if packer is not None else self._fold(residual)
         dx = dresidual = sums = None
         needs_sums = for_weight or for_bias or (for_x and is_estimated)
         if for_x and needs_sums and self.ranks is None:

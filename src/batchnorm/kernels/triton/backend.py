@@ -82,7 +82,7 @@ def stats(x: torch.Tensor, mask: torch.Tensor | None = None) -> Moments:
             tiling.full // _BLOCK if mask is None else 0, blocks, splits, *strides,
             *((0, 0) if mask is None else mask_strides(layout, mask)),
             HAS_MASK=mask is not None, WIDE=_wide_of(x), PLANAR=layout.is_planar, BR=tiling.height, BK=tiling.width,
-            num_warps=4, maxnreg=_registers(layout.groups * splits, x),
+            num_warps=4, **_limits(layout.groups * splits, x),
         )  # fmt: skip
         lanes, together = _merging(layout)
         merged_moments[(triton.cdiv(channels, together),)](
@@ -265,9 +265,9 @@ _WIDE = (torch.float32, torch.float64)
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _registers(programs: int, x: torch.Tensor) -> int | None:
-    """The most registers a thread may have: so few that five programs fit on a multiprocessor, if there are so many."""
-    return 96 if programs > 528 and x.itemsize < 8 else None
+def _limits(programs: int, x: torch.Tensor) -> dict[str, int]:
+    """So few registers a thread that five programs fit on a multiprocessor, if there are that many."""
+    return {"maxnreg": 96} if programs > 528 and x.itemsize < 8 and torch.version.hip is None else {}
 
 
 def _wide_of(x: torch.Tensor) -> Any:
