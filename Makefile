@@ -2,6 +2,7 @@
 # make test          every test
 # make lint          style, types and the direction of imports
 # make bench         layers and networks against their peers, about 25 minutes; make bench-quick: a part of it, two minutes
+# make test-gpu      what a GPU alone can show; make bench-gpu: against PyTorch and torch.compile there, eight minutes
 # make clean         removes what these made
 PYTHON ?= python3
 VENV := .venv
@@ -50,3 +51,10 @@ $(VENV)/.%: $(NEEDS) $(VENV)/.package
 .PHONY: bench bench-quick
 bench bench-quick: $(VENV)/.package $(VENV)/.bench
 	$(BIN)/python benchmarks/bench.py $(if $(filter bench-quick,$@),--quick)
+
+# On a machine with a GPU, with the PyTorch and Triton that its Python has: nothing is installed.
+.PHONY: test-gpu bench-gpu
+test-gpu:
+	PYTHONPATH=src TRITON_INTERPRET=0 $(PYTHON) -m pytest -q tests/gpu
+bench-gpu:
+	PYTHONPATH=src TRITON_INTERPRET=0 $(PYTHON) benchmarks/gpu.py

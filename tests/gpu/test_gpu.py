@@ -1,4 +1,4 @@
-"""What can be seen on a GPU alone: `make test-gpu` runs it where there is one, with the PyTorch and Triton found there."""
+"""What a GPU alone can show: `make test-gpu` runs it where there is one, with the PyTorch and Triton found there."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import oracle  # noqa: E402
-from cases import ACTIVATIONS, DTYPES, LAYOUT_PARAMS, VIEW_PARAMS, close, make_like, make_parameters  # noqa: E402
+import oracle
+from cases import ACTIVATIONS, DTYPES, LAYOUT_PARAMS, VIEW_PARAMS, close, make_like, make_parameters
 
-import batchnorm  # noqa: E402
-from batchnorm import BatchNorm1d, BatchNorm2d, batch_norm  # noqa: E402
-from batchnorm.kernels import dispatch, reference  # noqa: E402
-from batchnorm.kernels.contract import Affine  # noqa: E402
+import batchnorm
+from batchnorm import BatchNorm1d, BatchNorm2d, batch_norm
+from batchnorm.kernels import dispatch, reference
+from batchnorm.kernels.contract import Affine
 
 
 def _why_not():
@@ -179,8 +179,8 @@ def test_every_run_gives_the_same_bits(shape, memory_format, dtype):
 
 def test_a_cuda_graph_replayed_100_times():
     """Each replay is a training step on new data: outputs, gradients, running statistics and their count follow."""
-    captured, eager = (nn.Sequential(nn.Conv2d(3, 16, 3, device="cuda"), BatchNorm2d(16, activation="relu", device="cuda"))
-                       for _ in range(2))  # fmt: skip
+    captured = nn.Sequential(nn.Conv2d(3, 16, 3), BatchNorm2d(16, activation="relu")).cuda()
+    eager = copy.deepcopy(captured)
     eager.load_state_dict(captured.state_dict())
     x = torch.empty(8, 3, 16, 16, device="cuda")
 
