@@ -3,9 +3,9 @@
     make bench-gpu          # or: PYTHONPATH=src python3 benchmarks/gpu.py
 
 Needs the source tree, PyTorch and Triton, and nothing installed: the CPU core may be absent. The twelve activations
-of ResNet-50 at batch 256, forward and backward; then a training step of ResNet-50, its time and its memory. Takes less than
-eight minutes: what torch.compile has not compiled by then is left out, and said. --dry-run goes through everything on
-the CPU with tiny shapes and writes nothing; its times mean nothing.
+of ResNet-50 at batch 256, forward and backward; then a training step of ResNet-50, its time and its memory. Takes less
+than eight minutes: what torch.compile has not compiled by then is left out, and said. --dry-run goes through everything
+on the CPU with tiny shapes and writes nothing; its times mean nothing.
 """
 
 from __future__ import annotations
