@@ -6,6 +6,8 @@ import pytest
 
 # Keras chooses its backend when it is imported; test_keras_jax.py runs the same tests on JAX.
 os.environ.setdefault("KERAS_BACKEND", "torch")
+# Triton decides when it is imported whether its kernels are compiled, which needs a GPU, or interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
