@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def _chain() -> nn.Module:
     widths = [3, *[64] * 8]
     pairs = [
         (nn.Conv2d(a, b, 3, padding=1, bias=False), batchnorm.BatchNorm2d(b, activation="relu"))
-        for a, b in zip(widths, widths[1:], strict=False)
+        for a, b in itertools.pairwise(widths)
     ]
     return nn.Sequential(*(layer for pair in pairs for layer in pair), nn.Conv2d(64, 8, 1))
 
