@@ -10,7 +10,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Tests share the cores already; threads of scikit-learn's trees and of processes that tests start would wait for each other.
+# Tests share the cores already: threads of scikit-learn, and of processes that tests start, would wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
