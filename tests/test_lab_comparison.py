@@ -23,12 +23,15 @@ def study(monkeypatch: pytest.MonkeyPatch, out: Path, *claims: object) -> Path:
     return out
 
 
-@pytest.fixture
-def folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two studies, which no test changes."""
+    path = tmp_path_factory.mktemp("studies")
     same, moved = make_claim("same"), make_claim("moved", value=lambda seed: 10.0 + seed)
-    first = study(monkeypatch, tmp_path / "a", same, moved, make_claim("gone"))
     other = make_claim("moved", verdict="partly", value=lambda seed: 50.0 + seed)
-    return first, study(monkeypatch, tmp_path / "b", same, other, make_claim("new"))
+    with pytest.MonkeyPatch.context() as patch:
+        first = study(patch, path / "a", same, moved, make_claim("gone"))
+        return first, study(patch, path / "b", same, other, make_claim("new"))
 
 
 def test_verdicts_and_intervals_are_set_side_by_side(folders: tuple[Path, Path]) -> None:
@@ -57,13 +60,13 @@ def test_the_command_says_whether_verdicts_differ(folders: tuple[Path, Path]) ->
 def test_folders_without_results_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="--report-only"):
         compare(folders[0], tmp_path)
-    results = folders[1] / "results.json"
+    results = tmp_path / "results.json"
     results.write_text("[1]")
     with pytest.raises(ArgumentError, match="holds no results of a study"):
-        compare(*folders)
+        compare(folders[0], tmp_path)
     results.write_text('{"schema": 99, "claims": []}')
     with pytest.raises(ArgumentError, match="has schema 99, expected 1"):
-        compare(*folders)
+        compare(folders[0], tmp_path)
 
 
 def test_the_page_shows_the_figures_of_both(folders: tuple[Path, Path], tmp_path: Path) -> None:
