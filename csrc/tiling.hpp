@@ -39,16 +39,24 @@ inline int64_t tile_bytes(int tensors) { return level2_bytes() / 2 / tensors; }
 inline int64_t most_channel_bytes(int threads) { return level3_bytes() / 4 / (threads > 0 ? threads : 1); }
 
 // Outputs bypass the caches once everything that is read and written does not fit in them anyway.
-inline bool streams(int64_t bytes_read_and_written) { return bytes_read_and_written > level3_bytes(); }
+inline bool streams(int64_t bytes_read_and_written) { return bytes_read_and_written > level3_bytes() / 4 * 3; }
 
 inline int64_t bytes_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
+// Runs that fill whole cache lines together, so that what starts behind them is as aligned as they are.
+inline int64_t runs_of_lines(int64_t run_bytes) {
+  int64_t runs = 1;
+  while (runs * run_bytes % 64) runs *= 2;
+  return runs;
+}
+
 // Runs of one channel that make a piece of work where there is one pass only: some for each thread, if they suffice.
-inline int64_t runs_together(int64_t runs, int64_t length, int threads) {
-  const int64_t most = kMapValues / length > 1 ? kMapValues / length : 1, fair = runs / (4 * threads) + 1;
-  return most < fair ? most : fair;
+inline int64_t runs_together(int64_t runs, int64_t length, int64_t value_bytes, int threads) {
+  const int64_t most = kMapValues / length, fair = runs / (4 * threads), unit = runs_of_lines(length * value_bytes);
+  const int64_t together = (most < fair ? most : fair) / unit * unit;
+  return together > 0 ? together : unit;
 }
 
 // Parts that the statistics of a matrix are taken in.

@@ -39,6 +39,16 @@ template <int Rows, class F> inline void over_rows(int64_t rows, F f) {
   for (; r < rows; ++r) f(r, Number<1>{});
 }
 
+// How whole vectors are written: past the caches, or not.
+struct Stream {
+  Streamed operator()(Whole) const { return {}; }
+  Part operator()(Part part) const { return part; }
+};
+struct Store {
+  Whole operator()(Whole) const { return {}; }
+  Part operator()(Part part) const { return part; }
+};
+
 // Adds x - shift and its square to the sums of each column. `ahead` (values): how far to prefetch.
 template <class T>
 inline void add_value_columns(Matrix<const T> x, int64_t rows, int64_t columns, const Arithmetic<T>* shift,
@@ -63,37 +73,26 @@ inline void add_value_columns(Matrix<const T> x, int64_t rows, int64_t columns, 
   });
 }
 
+// The maps go row by row and leave prefetching to the hardware: one stream to read and one to write is what it
+// follows best, and their coefficients come from the first-level cache. (Four rows at a time with prefetches took 1.4 times as long
+// where the output had to come into the caches first: Zen 4, 64x256x14x14.)
+
 // y = activation((x - mean) * scale + shift + residual).
 template <class T, Kind K>
 inline void apply_columns(Matrix<T> y, Matrix<const T> x, Matrix<const T> residual, int64_t rows, int64_t columns,
-                          const ColumnCoefficients<Arithmetic<T>>& of, Activation which, bool stream, int64_t ahead) {
-  using A = Arithmetic<T>;
-  using V = Vector<A>;
+                          const ColumnCoefficients<Arithmetic<T>>& of, Activation which, bool stream) {
+  using V = Vector<Arithmetic<T>>;
   auto run = [&](auto streamed) {
-    over_rows<4>(rows, [&](int64_t r, auto number) {
+    for (int64_t r = 0; r < rows; ++r) {
       const T *px = x.row(r), *pr = residual.row(r);
       T* py = y.row(r);
-      over_columns(columns, kLanes<A>, [&](int64_t j, auto how) {
-        const V mean = load_bytes<V>(of.mean + j), scale = load_bytes<V>(of.scale + j);
-        const V shift = load_bytes<V>(of.shift + j);
-#pragma GCC unroll 4
-        for (int k = 0; k < number.value; ++k) {
-          if (ahead) prefetch(px + k * x.pitch + j + ahead);
-          V z = (take(px + k * x.pitch + j, how) - mean) * scale + shift;
-          if (pr) z += take(pr + k * residual.pitch + j, how);
-          z = activate<K>(z, which);
-          put(py + k * y.pitch + j, z, streamed(how));
-        }
+      over_columns(columns, kLanes<Arithmetic<T>>, [&](int64_t j, auto how) {
+        V z = (take(px + j, how) - load_bytes<V>(of.mean + j)) * load_bytes<V>(of.scale + j) +
+              load_bytes<V>(of.shift + j);
+        if (pr) z += take(pr + j, how);
+        put(py + j, activate<K>(z, which), streamed(how));
       });
-    });
-  };
-  struct Stream {
-    Streamed operator()(Whole) const { return {}; }
-    Part operator()(Part part) const { return part; }
-  };
-  struct Store {
-    Whole operator()(Whole) const { return {}; }
-    Part operator()(Part part) const { return part; }
+    }
   };
   stream ? run(Stream{}) : run(Store{});
 }
@@ -138,46 +137,28 @@ template <class T, Kind K>
 inline void gradient_columns(Matrix<T> dx, Matrix<T> dresidual, Matrix<const T> dy, Matrix<const T> x,
                              Matrix<const T> residual, int64_t rows, int64_t columns,
                              const ColumnCoefficients<Arithmetic<T>>& of, Activation which, bool is_estimated,
-                             bool stream, int64_t ahead) {
-  using A = Arithmetic<T>;
-  using V = Vector<A>;
+                             bool stream) {
+  using V = Vector<Arithmetic<T>>;
   auto run = [&](auto streamed) {
-    over_rows<4>(rows, [&](int64_t r, auto number) {
+    for (int64_t r = 0; r < rows; ++r) {
       const T *pdy = dy.row(r), *px = x.row(r), *pr = residual.row(r);
       T *pdx = dx.row(r), *pdr = dresidual.row(r);
-      over_columns(columns, kLanes<A>, [&](int64_t j, auto how) {
-        const V mean = load_bytes<V>(of.mean + j), scale = load_bytes<V>(of.scale + j);
-        const V shift = load_bytes<V>(of.shift + j);
-        const V by_x = load_bytes<V>(of.by_x + j), constant = load_bytes<V>(of.constant + j);
-#pragma GCC unroll 4
-        for (int k = 0; k < number.value; ++k) {
-          if (ahead) {
-            prefetch(px + k * x.pitch + j + ahead);
-            prefetch(pdy + k * dy.pitch + j + ahead);
-          }
-          V dz = take(pdy + k * dy.pitch + j, how), d{};
-          if (K != Kind::none || is_estimated) d = take(px + k * x.pitch + j, how) - mean;
-          if constexpr (K != Kind::none) {
-            V z = d * scale + shift;
-            if (pr) z += take(pr + k * residual.pitch + j, how);
-            dz = before_activation<K>(dz, z, which);
-          }
-          if (pdr) put(pdr + k * dresidual.pitch + j, dz, streamed(how));
-          if (!pdx) continue;
-          V g = dz * scale;
-          if (is_estimated) g += d * by_x + constant;
-          put(pdx + k * dx.pitch + j, g, streamed(how));
+      over_columns(columns, kLanes<Arithmetic<T>>, [&](int64_t j, auto how) {
+        const V scale = load_bytes<V>(of.scale + j);
+        V dz = take(pdy + j, how), d{};
+        if (K != Kind::none || is_estimated) d = take(px + j, how) - load_bytes<V>(of.mean + j);
+        if constexpr (K != Kind::none) {
+          V z = d * scale + load_bytes<V>(of.shift + j);
+          if (pr) z += take(pr + j, how);
+          dz = before_activation<K>(dz, z, which);
         }
+        if (pdr) put(pdr + j, dz, streamed(how));
+        if (!pdx) return;
+        V g = dz * scale;
+        if (is_estimated) g += d * load_bytes<V>(of.by_x + j) + load_bytes<V>(of.constant + j);
+        put(pdx + j, g, streamed(how));
       });
-    });
-  };
-  struct Stream {
-    Streamed operator()(Whole) const { return {}; }
-    Part operator()(Part part) const { return part; }
-  };
-  struct Store {
-    Whole operator()(Whole) const { return {}; }
-    Part operator()(Part part) const { return part; }
+    }
   };
   stream ? run(Stream{}) : run(Store{});
 }

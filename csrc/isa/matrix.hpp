@@ -122,7 +122,6 @@ template <class F> inline void over_stretches(const uint8_t* mask, int64_t r0, i
 
 template <class T, Kind K> struct MatrixForward {
   using A = Arithmetic<T>;
-  using Value = T;
   static constexpr bool kIsBackward = false;
   const Call& call;
   int64_t fold;  // rows of the tensor that make one row of the grid
@@ -238,8 +237,8 @@ template <class T, Kind K> struct MatrixForward {
     }
   }
 
-  void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of, bool stream,
-           int64_t ahead) const {
+  void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of,
+           bool stream) const {
     const Matrix<const T> x = matrix<const T>(call.x, call.layout, grid, fold);
     const Matrix<const T> residual = matrix<const T>(call.residual, call.layout, grid, fold);
     const Matrix<T> y = matrix<T>(call.y, call.layout, grid, fold);
@@ -247,7 +246,7 @@ template <class T, Kind K> struct MatrixForward {
       for (int64_t j = 0; j < columns; j += kColumnBlock) {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         apply_columns<T, K>(y.at(r, j), x.at(r, j), residual.at(r, j), rows, width, of.from(j), call.activation,
-                            stream, ahead);
+                            stream);
       }
     };
     if (with_tail && grid.tail_columns) apply(grid.rows, 1, grid.tail_columns);
@@ -258,7 +257,6 @@ template <class T, Kind K> struct MatrixForward {
 
 template <class T, Kind K> struct MatrixBackward {
   using A = Arithmetic<T>;
-  using Value = T;
   static constexpr bool kIsBackward = true;
   const Call& call;
   int64_t fold;
@@ -302,8 +300,8 @@ template <class T, Kind K> struct MatrixBackward {
     for (int64_t c = 0; c < grid.channels; ++c) write_sums<A>(call, grid.first_channel + c, first[c], second[c]);
   }
 
-  void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of, bool stream,
-           int64_t ahead) const {
+  void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of,
+           bool stream) const {
     const Matrix<const T> dy = matrix<const T>(call.dy, call.layout, grid, fold);
     const Matrix<const T> x = matrix<const T>(call.x, call.layout, grid, fold);
     const Matrix<const T> residual = matrix<const T>(call.residual, call.layout, grid, fold);
@@ -313,7 +311,7 @@ template <class T, Kind K> struct MatrixBackward {
       for (int64_t j = 0; j < columns; j += kColumnBlock) {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         gradient_columns<T, K>(dx.at(r, j), dresidual.at(r, j), dy.at(r, j), x.at(r, j), residual.at(r, j), rows,
-                               width, of.from(j), call.activation, answers, stream, ahead);
+                               width, of.from(j), call.activation, answers, stream);
       }
     };
     if (with_tail && grid.tail_columns) apply(grid.rows, 1, grid.tail_columns, call.is_estimated);
@@ -391,8 +389,7 @@ template <class Pass> class MatrixRun {
   void tile_channels(int64_t size, int tensors) {
     if (call_.layout != Layout::planar || !call_.reduces) return;
     const int64_t channel_bytes = call_.N * call_.L * size;
-    int64_t unit = 1;  // channels that fill whole cache lines
-    while (unit * call_.L * size % 64) unit *= 2;
+    const int64_t unit = runs_of_lines(call_.L * size);
     int64_t group = tile_bytes(tensors) / channel_bytes;
     const int64_t fair = call_.C / (4 * threads_);
     group = group < fair ? group : fair;
@@ -401,7 +398,7 @@ template <class Pass> class MatrixRun {
     group_ = group;
   }
 
-  static void tile(void* self, int64_t index, int64_t next) {
+  static void tile(void* self, int64_t index, int64_t) {
     const MatrixRun& run = *static_cast<MatrixRun*>(self);
     const Call& call = run.call_;
     Grid grid;
@@ -426,8 +423,7 @@ template <class Pass> class MatrixRun {
     run.pass_.finish(grid, count, first, second);
     if (!call.maps) return;
     fill_coefficients(call, grid, Pass::kIsBackward, of, room);
-    const int64_t ahead = next < 0 ? 0 : (next - index) * run.group_ * call.L;
-    run.pass_.map(grid, 0, grid.rows, false, of, run.stream_, ahead);
+    run.pass_.map(grid, 0, grid.rows, false, of, run.stream_);
   }
 
   void reduce() {
@@ -463,9 +459,7 @@ template <class Pass> class MatrixRun {
     // From the back, where the first pass has left the last rows in the cache.
     const int64_t last = run.map_tasks() - 1, i = run.call_.reduces ? last - index : index, r0 = i * run.map_rows_;
     const int64_t r1 = r0 + run.map_rows_ < run.whole_.rows ? r0 + run.map_rows_ : run.whole_.rows;
-    using T = typename Pass::Value;
-    const int64_t ahead = ahead_of(matrix<const T>(run.call_.x, run.call_.layout, run.whole_, run.pass_.fold), 4);
-    run.pass_.map(run.whole_, r0, r1, i == last, run.of_, run.stream_, ahead);
+    run.pass_.map(run.whole_, r0, r1, i == last, run.of_, run.stream_);
   }
 
   size_t call_bytes() const {

@@ -47,6 +47,11 @@ inline const uint8_t* mask_at(const Call& call, int64_t n, int64_t l) {
   return call.mask ? call.mask + n * call.L + l : nullptr;
 }
 
+// Whether the runs of an operand lie side by side.
+inline bool is_dense(const Operand& operand, const Call& call) {
+  return !operand.data || (operand.stride_c == call.L && operand.stride_n == call.C * call.L);
+}
+
 template <class T, Kind K> struct PlanarForward {
   using A = Arithmetic<T>;
   using Partial = Moment;
@@ -118,6 +123,19 @@ template <class T, Kind K> struct PlanarForward {
                       piece.l1 - piece.l0, of[piece.c], call.activation, stream, ahead ? x + ahead : nullptr);
     }
   }
+
+  // Runs r .. end of all runs of the tensor.
+  void map_runs(int64_t r, int64_t end) const {
+    const int64_t n = r / call.C, c = r % call.C;
+    if (are_dense_ && call.L >= kLanes<A>) {
+      apply_runs<T, K>(at<T>(call.y, n, c, 0), at<const T>(call.x, n, c, 0), at<const T>(call.residual, n, c, 0), end - r,
+                       call.L, c, call.C, of, call.activation, stream);
+      return;
+    }
+    for (; r < end; ++r) map({r % call.C, r / call.C, r / call.C + 1, 0, call.L}, 0);
+  }
+
+  const bool are_dense_ = is_dense(call.x, call) && is_dense(call.y, call) && is_dense(call.residual, call);
 };
 
 template <class T, Kind K> struct PlanarBackward {
@@ -171,6 +189,10 @@ template <class T, Kind K> struct PlanarBackward {
                          piece.l1 - piece.l0, of[piece.c], call.activation, call.is_estimated, stream, ahead);
     }
   }
+
+  void map_runs(int64_t r, int64_t end) const {
+    for (; r < end; ++r) map({r % call.C, r / call.C, r / call.C + 1, 0, call.L}, 0);
+  }
 };
 
 template <class Pass> class PlanarRun {
@@ -190,7 +212,7 @@ template <class Pass> class PlanarRun {
     if (!call_.maps) return;
     for (int64_t c = 0; c < call_.C; ++c) pass_.prepare(c);
     if (!call_.reduces && call_.L < kMapValues) {
-      together_ = runs_together(call_.N * call_.C, call_.L, threads);
+      together_ = runs_together(call_.N * call_.C, call_.L, bytes_of(call_.dtype), threads);
       run_tasks((call_.N * call_.C + together_ - 1) / together_, threads, map_runs, this);
     } else {
       run_tasks(pieces_.number(), threads, map_piece, this);
@@ -229,13 +251,7 @@ template <class Pass> class PlanarRun {
     const PlanarRun& run = *static_cast<PlanarRun*>(self);
     const Call& call = run.call_;
     const int64_t end = (i + 1) * run.together_ < call.N * call.C ? (i + 1) * run.together_ : call.N * call.C;
-    int64_t n = i * run.together_ / call.C, c = i * run.together_ % call.C;
-    for (int64_t r = i * run.together_; r < end; ++r) {
-      run.pass_.map({c, n, n + 1, 0, call.L}, 0);
-      if (++c < call.C) continue;
-      c = 0;
-      ++n;
-    }
+    run.pass_.map_runs(i * run.together_, end);
     if (run.pass_.stream) finish_streams();
   }
   // From the back, where the first pass has left the last pieces in the cache.
