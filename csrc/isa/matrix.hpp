@@ -48,9 +48,17 @@ template <class A> inline void gather(double* by_channel, const A* by_column, in
       for (int64_t c = 0; c < grid.channels; ++c) by_channel[c] += static_cast<double>(by_column[j + c]);
   } else {
     for (int64_t c = 0; c < grid.channels; ++c) {
-      double sum = 0;
-      for (int64_t l = 0; l < grid.run; ++l) sum += static_cast<double>(by_column[c * grid.run + l]);
-      by_channel[c] += sum;
+      const A* own = by_column + c * grid.run;
+      double a = 0, b = 0, d = 0, e = 0;  // one sum would wait for its own last addition
+      int64_t l = 0;
+      for (; l + 4 <= grid.run; l += 4) {
+        a += static_cast<double>(own[l]);
+        b += static_cast<double>(own[l + 1]);
+        d += static_cast<double>(own[l + 2]);
+        e += static_cast<double>(own[l + 3]);
+      }
+      for (; l < grid.run; ++l) a += static_cast<double>(own[l]);
+      by_channel[c] += (a + b) + (d + e);
     }
   }
 }
@@ -183,7 +191,8 @@ template <class T, Kind K> struct MatrixForward {
 
   // The mean of the first rows: near enough to the mean as a rule.
   void first_shift(const Grid& grid, Matrix<const T> x, int64_t rows, int64_t columns, Work& work) const {
-    rows = rows < 8 ? rows : 8;
+    const int64_t enough = (kShiftValues + grid.run - 1) / grid.run;
+    rows = rows < enough ? rows : enough;
     clear(work.shift, padded(grid.columns));
     sum(grid, x, rows, columns, work);
     const double count = static_cast<double>(rows * (columns / grid.channels));
@@ -237,8 +246,8 @@ template <class T, Kind K> struct MatrixForward {
     }
   }
 
-  void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of,
-           bool stream) const {
+  void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of, bool stream,
+           int64_t ahead) const {
     const Matrix<const T> x = matrix<const T>(call.x, call.layout, grid, fold);
     const Matrix<const T> residual = matrix<const T>(call.residual, call.layout, grid, fold);
     const Matrix<T> y = matrix<T>(call.y, call.layout, grid, fold);
@@ -246,7 +255,7 @@ template <class T, Kind K> struct MatrixForward {
       for (int64_t j = 0; j < columns; j += kColumnBlock) {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         apply_columns<T, K>(y.at(r, j), x.at(r, j), residual.at(r, j), rows, width, of.from(j), call.activation,
-                            stream);
+                            stream, ahead);
       }
     };
     if (with_tail && grid.tail_columns) apply(grid.rows, 1, grid.tail_columns);
@@ -300,8 +309,8 @@ template <class T, Kind K> struct MatrixBackward {
     for (int64_t c = 0; c < grid.channels; ++c) write_sums<A>(call, grid.first_channel + c, first[c], second[c]);
   }
 
-  void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of,
-           bool stream) const {
+  void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of, bool stream,
+           int64_t ahead) const {
     const Matrix<const T> dy = matrix<const T>(call.dy, call.layout, grid, fold);
     const Matrix<const T> x = matrix<const T>(call.x, call.layout, grid, fold);
     const Matrix<const T> residual = matrix<const T>(call.residual, call.layout, grid, fold);
@@ -311,7 +320,7 @@ template <class T, Kind K> struct MatrixBackward {
       for (int64_t j = 0; j < columns; j += kColumnBlock) {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         gradient_columns<T, K>(dx.at(r, j), dresidual.at(r, j), dy.at(r, j), x.at(r, j), residual.at(r, j), rows,
-                               width, of.from(j), call.activation, answers, stream);
+                               width, of.from(j), call.activation, answers, stream, ahead);
       }
     };
     if (with_tail && grid.tail_columns) apply(grid.rows, 1, grid.tail_columns, call.is_estimated);
@@ -398,7 +407,7 @@ template <class Pass> class MatrixRun {
     group_ = group;
   }
 
-  static void tile(void* self, int64_t index, int64_t) {
+  static void tile(void* self, int64_t index, int64_t next) {
     const MatrixRun& run = *static_cast<MatrixRun*>(self);
     const Call& call = run.call_;
     Grid grid;
@@ -423,7 +432,8 @@ template <class Pass> class MatrixRun {
     run.pass_.finish(grid, count, first, second);
     if (!call.maps) return;
     fill_coefficients(call, grid, Pass::kIsBackward, of, room);
-    run.pass_.map(grid, 0, grid.rows, false, of, run.stream_);
+    const int64_t ahead = next < 0 ? 0 : (next - index) * run.group_ * call.L;
+    run.pass_.map(grid, 0, grid.rows, false, of, run.stream_, ahead);
   }
 
   void reduce() {
@@ -459,7 +469,7 @@ template <class Pass> class MatrixRun {
     // From the back, where the first pass has left the last rows in the cache.
     const int64_t last = run.map_tasks() - 1, i = run.call_.reduces ? last - index : index, r0 = i * run.map_rows_;
     const int64_t r1 = r0 + run.map_rows_ < run.whole_.rows ? r0 + run.map_rows_ : run.whole_.rows;
-    run.pass_.map(run.whole_, r0, r1, i == last, run.of_, run.stream_);
+    run.pass_.map(run.whole_, r0, r1, i == last, run.of_, run.stream_, 0);
   }
 
   size_t call_bytes() const {

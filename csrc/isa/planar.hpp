@@ -128,8 +128,8 @@ template <class T, Kind K> struct PlanarForward {
   void map_runs(int64_t r, int64_t end) const {
     const int64_t n = r / call.C, c = r % call.C;
     if (are_dense_ && call.L >= kLanes<A>) {
-      apply_runs<T, K>(at<T>(call.y, n, c, 0), at<const T>(call.x, n, c, 0), at<const T>(call.residual, n, c, 0), end - r,
-                       call.L, c, call.C, of, call.activation, stream);
+      apply_runs<T, K>(at<T>(call.y, n, c, 0), at<const T>(call.x, n, c, 0), at<const T>(call.residual, n, c, 0),
+                       end - r, call.L, c, call.C, of, call.activation, stream);
       return;
     }
     for (; r < end; ++r) map({r % call.C, r / call.C, r / call.C + 1, 0, call.L}, 0);
