@@ -2,6 +2,7 @@
 # make test          every test
 # make lint          style, types and the direction of imports
 # make bench         layers and networks against their peers, about 25 minutes; make bench-quick: a part of it, two minutes
+# make test-gpu      what a GPU alone can show; make bench-gpu: against PyTorch and torch.compile there, eight minutes
 # make clean         removes what these made
 PYTHON ?= python3
 VENV := .venv
@@ -42,11 +43,18 @@ $(VENV)/.package: $(NEEDS) | $(BIN)/python
 # What an extra of the installed package asks for; installing the package again would compile its core again.
 $(VENV)/.%: $(NEEDS) $(VENV)/.package
 	@echo "Installing what 'make $*' needs"
-	@$(BIN)/python -c 'import importlib.metadata as m; \
-		print(*(r.split(";")[0] for r in m.requires("batchnorm") if "$*" in r.partition("extra == ")[2]), sep="\n")' > $@-needs
+	@$(BIN)/python -c 'import importlib.metadata as m, re; \
+		print(*(re.split("; extra| and extra", r)[0] for r in m.requires("batchnorm") if "$*" in r.partition("extra == ")[2]), sep="\n")' > $@-needs
 	@$(PIP) --requirement $@-needs
 	@touch $@
 
 .PHONY: bench bench-quick
 bench bench-quick: $(VENV)/.package $(VENV)/.bench
 	$(BIN)/python benchmarks/bench.py $(if $(filter bench-quick,$@),--quick)
+
+# On a machine with a GPU, with the PyTorch and Triton that its Python has: nothing is installed.
+.PHONY: test-gpu bench-gpu
+test-gpu:
+	PYTHONPATH=src TRITON_INTERPRET=0 $(PYTHON) -m pytest -q tests/gpu
+bench-gpu:
+	PYTHONPATH=src TRITON_INTERPRET=0 $(PYTHON) benchmarks/gpu.py

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-_PACKAGES = ("torch", "batchnorm", "numpy", "jax", "onnxruntime")
+_PACKAGES = ("torch", "batchnorm", "numpy", "jax", "onnxruntime", "triton")
 
 
 def stamp() -> dict[str, Any]:

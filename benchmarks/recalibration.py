@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from layers import HERE, stamp
 from networks import resnet20, resnet50
-from timing import timed
+from timing import per_call
 from torch import nn
 
 import batchnorm
@@ -45,10 +45,13 @@ def main() -> None:
     torch.manual_seed(0)
     head, rows = stamp(), []
     for name, make, shape, number in (
-        ("ResNet-20, torch.nn", lambda: resnet20(nn.BatchNorm2d), (128, 3, 32, 32), 4),
-        ("ResNet-20, batchnorm", lambda: resnet20(batchnorm.BatchNorm2d), (128, 3, 32, 32), 4),
-        ("ResNet-50, torch.nn", lambda: resnet50(nn.BatchNorm2d), (8, 3, 224, 224), 4),
-        ("MLP 3x512, torch.nn", lambda: _mlp(nn.BatchNorm1d), (256, 784), 64),
+        ("ResNet-20, torch.nn", lambda: resnet20(nn.BatchNorm2d), (128, 3, 32, 32), 10),
+        ("ResNet-20, batchnorm", lambda: resnet20(batchnorm.BatchNorm2d), (128, 3, 32, 32), 10),
+        ("ResNet-50, torch.nn", lambda: resnet50(nn.BatchNorm2d), (8, 3, 224, 224), 10),
+        ("VGG of six convolutions, torch.nn", _vgg, (128, 3, 32, 32), 16),
+        ("MLP 3x512, torch.nn", lambda: _mlp(512), (256, 784), 64),
+        ("MLP 3x100, torch.nn", lambda: _mlp(100), (512, 784), 20),
+        ("MLP 3x100, torch.nn", lambda: _mlp(100), (60, 784), 20),
     ):
         if options.only not in name:
             continue
@@ -68,10 +71,18 @@ def main() -> None:
     print(f"added to {path}")
 
 
-def _mlp(norm: type[nn.Module]) -> nn.Module:
-    sizes = [784, 512, 512, 512]
-    hidden = [(nn.Linear(a, b, bias=False), norm(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
-    return nn.Sequential(*(layer for block in hidden for layer in block), nn.Linear(512, 10))
+def _mlp(width: int) -> nn.Module:
+    sizes = [784, width, width, width]
+    hidden = [(nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()) for a, b in itertools.pairwise(sizes)]
+    return nn.Sequential(*(layer for block in hidden for layer in block), nn.Linear(width, 10))
+
+
+def _vgg() -> nn.Module:
+    layers: list[nn.Module] = []
+    for a, b in ((3, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if a == b else []
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
 
 
 def _measured(model: nn.Module, batches: list[torch.Tensor], rounds: int, *, passes: bool) -> dict[str, list[float]]:
@@ -96,7 +107,7 @@ def _measured(model: nn.Module, batches: list[torch.Tensor], rounds: int, *, pas
     for number in range(rounds + 1):
         for name, contender in contenders.items():
             model.eval()
-            _, seconds = timed(contender)
+            seconds = per_call(contender, 1)
             if number:  # the first round warms up
                 samples[name].append(seconds)
     return samples

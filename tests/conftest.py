@@ -6,6 +6,8 @@ import pytest
 
 # Keras chooses its backend when it is imported; test_keras_jax.py runs the same tests on JAX.
 os.environ.setdefault("KERAS_BACKEND", "torch")
+# Triton decides when it is imported whether its kernels are compiled, which needs a GPU, or interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -14,6 +16,8 @@ def _seeded():
 
     One thread: the workers of pytest-xdist share the cores, and threads of each would wait for those of the others.
     """
+    if os.environ["KERAS_BACKEND"] == "jax":  # which needs no torch, and starts faster without
+        return
     import torch
 
     torch.set_num_threads(1)

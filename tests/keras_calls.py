@@ -25,11 +25,23 @@ def weights(layer) -> dict[str, np.ndarray]:
     return {weight.name: array(weight) for weight in layer.weights}
 
 
-def step(layer, x, dy, mask=None, training=True) -> Step:
-    """Calls `layer` once and takes the gradient of sum(y * dy); the layer's statistics are then those after it."""
+def step(layer, x, dy, mask=None, training=True, *, compiled=False) -> Step:
+    """Calls `layer` once and takes the gradient of sum(y * dy); the layer's statistics are then those after it.
+
+    Args:
+        layer: of Keras, or ours.
+        x: input.
+        dy: shape of the output.
+        mask: of the call.
+        training: of the call.
+        compiled: JAX compiles the step as one, which is quicker for a shape that comes once: else each operation.
+    """
     if not layer.built:
         layer.build(x.shape)
-    y, dx, gradients = (_on_torch if BACKEND == "torch" else _on_jax)(layer, x, dy, mask, training)
+    if BACKEND == "torch":
+        y, dx, gradients = _on_torch(layer, x, dy, mask, training)
+    else:
+        y, dx, gradients = _on_jax(layer, x, dy, mask, training, compiled)
     trained = {weight.name: array(g) for weight, g in zip(layer.trainable_variables, gradients, strict=True)}
     return Step(array(y), array(dx), trained, weights(layer))
 
@@ -44,17 +56,18 @@ def _on_torch(layer, x, dy, mask, training):
     return y.detach(), dx, gradients
 
 
-def _on_jax(layer, x, dy, mask, training):
+def _on_jax(layer, x, dy, mask, training, compiled):
     import jax
 
-    def loss(trainable, x):
-        y, state = layer.stateless_call(
-            trainable, [v.value for v in layer.non_trainable_variables], x, training=training, mask=mask
-        )
+    def loss(trainable, x, others, dy, mask):
+        y, state = layer.stateless_call(trainable, others, x, training=training, mask=mask)
         return (y * dy).sum(), (y, state)
 
-    trainable = [variable.value for variable in layer.trainable_variables]
-    (gradients, dx), (y, state) = jax.grad(loss, argnums=(0, 1), has_aux=True)(trainable, jax.numpy.asarray(x))
+    trainable, others = ([v.value for v in ones] for ones in (layer.trainable_variables, layer.non_trainable_variables))
+    run = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    if compiled:
+        run = jax.jit(run)
+    (gradients, dx), (y, state) = run(trainable, jax.numpy.asarray(x), others, dy, mask)
     for variable, value in zip(layer.non_trainable_variables, state, strict=True):
         variable.assign(value)
     return y, dx, gradients

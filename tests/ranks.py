@@ -16,7 +16,8 @@ import torch.multiprocessing as mp
 def run(function, world: int, folder: Path, *args: Any, timeout: float = 60.0) -> list[Any]:
     """`function(rank, *args)` on `world` ranks; what each returned, or the error it raised.
 
-    A rank that is killed gives None. `timeout`: seconds that a collective operation waits for the others.
+    A rank that is killed gives None. `timeout`: seconds that a collective operation waits for the others, once all have
+    come.
     """
     context = mp.get_context("spawn")
     ranks = [context.Process(target=_main, args=(function, r, world, folder, timeout, args)) for r in range(world)]
@@ -44,8 +45,10 @@ def _main(function, rank, world, folder, timeout, args):
         init_method=f"file://{folder / 'rendezvous'}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=timeout),
+        timeout=datetime.timedelta(seconds=60),  # a busy machine takes its time to start them
     )
+    dist.barrier()
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=timeout))
     try:
         result = function(rank, *args)
     except Exception as error:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from batchnorm import BatchNorm, SyncBatchNorm
+from batchnorm import BatchNorm, SyncBatchNorm, transaction
 
 WORLD = 4
 C = 5
@@ -99,6 +99,7 @@ def all_cases(rank: int) -> dict[str, object]:
     found["double backward"] = _gradient_penalty(rank)
     found["collectives"] = _collectives(rank)
     found["nan"] = _not_finite(rank)
+    found["transaction"] = {kind.__name__: _transaction(kind, rank) for kind in (SyncBatchNorm, TorchsOnCpu)}
     found["ddp"] = twenty_steps(rank, is_wrapped=True)
     return found
 
@@ -154,6 +155,23 @@ def _not_finite(rank: int) -> dict[str, object]:
         x[0, 0] = float("nan")
     layer(x)
     return {"tracked": layer.num_batches_tracked, "mean": layer.running_mean}
+
+
+class TorchsOnCpu(nn.SyncBatchNorm):
+    """torch.nn's, which refuses a CPU once there are ranks; what it makes of its input does not matter here."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        assert not (self.training and self.track_running_stats)
+        return input
+
+
+def _transaction(kind: type, rank: int) -> dict[str, object]:
+    layer = kind(2, dtype=torch.float64)
+    x = values_of(rank, n=rank * 2)  # none on rank 0
+    with transaction(layer):
+        for part in (x[:rank], x[rank:]):
+            layer(part)
+    return {"tracked": layer.num_batches_tracked, "mean": layer.running_mean, "var": layer.running_var}
 
 
 # A network, wrapped in DistributedDataParallel or alone on the concatenated batch

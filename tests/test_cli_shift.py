@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
+import shutil
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -127,6 +130,29 @@ def test_parts_are_one_table_here_and_on_dask(folder, monkeypatch, capsys):
     assert made[0].sample.equals(made[-1].sample)
 
 
+def test_parts_are_one_table_on_spark(folder, monkeypatch, capsys):
+    pytest.importorskip("pyspark", reason="pyspark is not installed")
+    if shutil.which("java") is None:
+        pytest.skip("pyspark needs Java, which is not installed")
+    warnings.simplefilter("ignore", FutureWarning)
+    parts = ("reference", "old.csv", "same.csv", "-o")
+    assert run(monkeypatch, capsys, *parts, "spark.json", "--engine", "spark")[0] == 0
+    assert run(monkeypatch, capsys, *parts, "here.json")[0] == 0
+    assert Path("spark.json").read_bytes() == Path("here.json").read_bytes()
+    status, _, err = run(monkeypatch, capsys, "reference", "old.csv", "few.tsv", "-o", "x.json", "--engine", "spark")
+    assert status == 2
+    assert "few.tsv is no file" in err
+
+
+def test_what_counts_as_missing_is_remembered(folder, monkeypatch, capsys):
+    """Read with other signs for missing values on either side, a table that has not moved has."""
+    table = pl.read_csv("old.csv").with_columns(kind=pl.col("kind").fill_null("?"))
+    table.write_csv("marks.csv")
+    assert run(monkeypatch, capsys, "reference", "marks.csv", "-o", "marks.json", "--null", "?")[0] == 0
+    assert Reference.load("marks.json").columns["kind"].missing > 50
+    assert run(monkeypatch, capsys, "compare", "marks.json", "marks.csv", "--json")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
@@ -139,12 +165,18 @@ def test_parts_are_one_table_here_and_on_dask(folder, monkeypatch, capsys):
         ("nothing.csv", None, "is no file"),
         ("table.xlsx", "x", r"expected a file named *.csv, *.csv.gz or *.parquet"),
         ("foreign.json", "{}", "is no Reference"),
+        ("twice.csv", "a,b,a\n1,2,3\n", "has two columns named 'a'"),
+        ("semicolons.csv", "a;b\n1;2\n", "seems to be separated by ';'"),
+        ("latin.csv", "a,b\xe9\n1,2\n".encode("latin-1"), "is no UTF-8 text"),
+        ("utf16.csv", "a,b\n1,2\n".encode("utf-16"), "is no UTF-8 text"),
+        ("cut.csv.gz", gzip.compress(b"a,b,c,kind,y\n" + b"1,2,3,red,4\n" * 999)[:-9], "is no whole gzip file"),
+        ("plain.csv.gz", "a,b\n1,2\n", "is no whole gzip file"),
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value and len(value) < 16 else "",
 )
 def test_a_bad_table_is_status_2_and_writes_nothing(shift, folder, name, content, match):
     if content is not None:
-        (folder / name).write_text(content)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = sorted(folder.iterdir())
     status, out, err = shift("compare", "ref.json", name, "-o", "report.html")
     assert status == 2
@@ -171,11 +203,13 @@ def test_a_bad_reference_is_status_2(shift, folder):
         (("reference", "old.csv", "-o", "ref.json"), "exists: pass --force"),
         (("reference", "old.csv", "-o", "no/ref.json"), "does not exist"),
         (("reference", "old.csv", "same.txt", "-o", "x.json"), "same.txt is no file"),
-        (("reference", "old.csv", "-o", "x.json", "--engine", "spark"), "spark needs a session"),
         (("compare", "ref.json", "same.csv", "-o", "report.pdf"), "expected -o *.html or *.json"),
         (("compare", "ref.json", "same.csv", "--fail-on", "much"), "fail_on must be MEASURE>NUMBER"),
         (("compare", "ref.json", "same.csv", "--target", "z"), "no column 'z'"),
         (("treat", "ref.json", "moved.parquet", "--target", "z"), "no column 'z'"),
+        (("treat", "ref.json", "moved.parquet", "--target", "y", "--time", "a"), "time and block go together"),
+        (("reference", "huge.csv", "-o", "x.json"), "the values in column 'a' are too large for a variance"),
+        (("reference", "key.csv", "-o", "x.json"), "a column is named '__key__'"),
         (("treat", "ref.json", "moved.parquet", "--target", "y", "-o", "w.csv"), "expected -o *.parquet"),
         (
             ("treat", "ref.json", "moved.parquet", "--target", "y", "--labels", "tiny.csv"),
@@ -186,6 +220,8 @@ def test_a_bad_reference_is_status_2(shift, folder):
 )
 def test_bad_options_are_status_2(shift, folder, arguments, match):
     pl.read_csv("few.csv").head(3).write_csv("tiny.csv")
+    (folder / "huge.csv").write_text("a\n1e300\n-1e300\n")
+    (folder / "key.csv").write_text("__key__\n1\n2\n")
     before = sorted(folder.iterdir())
     status, _, err = shift(*arguments)
     assert status == 2

@@ -427,7 +427,6 @@ def _quantized():
         (lambda: nn.LazyBatchNorm2d(), "does not know its number of channels yet"),
         (lambda: torch.jit.script(nn.BatchNorm2d(3)), "compiled by TorchScript"),
         (lambda: batchnorm.DomainBatchNorm(3, domains=("a", "b")), "statistics for each domain"),
-        (lambda: batchnorm.DecorrelatedBatchNorm(3), "no other layer whitens"),
         (lambda: batchnorm.FrozenBatchNorm(3), "made with fixed statistics"),
         (lambda: batchnorm.BatchNorm2d(3), "it is a BatchNorm2d already"),
         (Strange, "Strange has a behaviour of its own"),
@@ -494,7 +493,7 @@ def test_group_norm_takes_weights_and_drops_statistics_and_says_so(channels, arg
     assert (new.num_groups, new.eps, new.training) == (groups, 1e-3, False)
     torch.testing.assert_close(dict(new.state_dict()), {"weight": layer.weight.data, "bias": layer.bias.data})
     assert report.agreement is None
-    assert report.changed[0].note == "dropped: running_mean, running_var, num_batches_tracked"
+    assert report.changed[0].note.startswith("set aside: running_mean, running_var, num_batches_tracked")
     assert "cannot compute what BatchNorm did" in report.notes[0]
 
 
@@ -511,12 +510,75 @@ def test_layer_norm_over_all_axes_but_the_batchs():
 
 
 def test_activations_stand_behind_group_norm():
-    new, _ = convert(nn.Sequential(BatchNormAct2d(4, act=nn.PReLU()), BatchNormAct2d(4, act=nn.SiLU())), "group")
-    assert [[type(part) for part in one] for one in new] == [
-        [nn.GroupNorm, nn.Identity, nn.PReLU],
-        [nn.GroupNorm, nn.SiLU],
-    ]
-    new(torch.randn(2, 4, 3, 3))
+    model = nn.Sequential(
+        BatchNormAct2d(4, act=nn.PReLU()), BatchNormAct2d(4, act=nn.SiLU()), batchnorm.BatchNorm2d(4, activation="tanh")
+    )
+    new, report = convert(model, "group")
+    x = torch.randn(2, 4, 3, 3)
+    for one, act in zip(new, (nn.PReLU(), nn.SiLU(), nn.Tanh()), strict=True):
+        assert isinstance(one, nn.GroupNorm)
+        y = nn.functional.group_norm(x, one.num_groups, one.weight, one.bias, one.eps)
+        torch.testing.assert_close(one(x), act(y))
+    assert report.changed[1].what.endswith("then act")
+
+
+@pytest.mark.parametrize("to", ["group", "layer", "decorrelated"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(12, eps=1e-3, momentum=None),
+        nn.BatchNorm1d(12, affine=False),
+        nn.BatchNorm3d(12, track_running_stats=False),
+        nn.SyncBatchNorm(12),
+        BatchNormAct2d(12, act=nn.SiLU()),
+        BatchNormAct2d(12, act=nn.PReLU()),
+        nn.BatchNorm2d(12).half(),
+        nn.BatchNorm2d(12).double(),
+    ],
+    ids=["2d", "no-weights", "no-statistics", "sync", "act", "own-act", "half", "double"],
+)
+def test_there_and_back_bit_for_bit(to, layer):
+    for one in layer.state_dict().values():
+        one.copy_(torch.rand(one.shape) + 2)
+    layer.eval().own = "a user's"
+    layer.register_buffer("users", torch.ones(2))
+    model = nn.Sequential(layer, layer)
+    new, _ = convert(model, to)
+    assert new[0] is new[1]
+    assert type(new[0]) is not type(layer)
+    back, _ = convert(copy.deepcopy(new), "torch")
+    _assert_same(model, back)
+    assert list(back.state_dict()) == list(model.state_dict())
+    assert vars(back[0]).keys() == vars(layer).keys()
+
+
+def test_back_from_group_norm_weights_are_those_of_now_and_statistics_those_of_before():
+    model = nn.Sequential(_trained(nn.BatchNorm2d(12)))
+    new, _ = convert(model, "group")
+    new.double()
+    new[0].weight.data += 1
+    for to in ("batchnorm", "sync", "frozen"):
+        assert "it is group normalization, another function" in convert(new, to)[1].skipped[0].why
+    assert "6 groups already" in convert(new, "group")[1].skipped[0].why
+    whole, _ = convert(new, "layer")
+    assert whole[0].num_groups == 1
+    back, report = convert(whole, "torch", example=torch.randn(2, 12, 3, 3).double())
+    assert report.agreement is None
+    assert "statistics are those from before it was GroupNorm: recalibrate()" in report.changed[0].note
+    expected = copy.deepcopy(model).double()
+    expected[0].weight.data += 1
+    _assert_same(expected, back)
+    with pytest.raises(ArgumentError, match="no batch normalization layer"):
+        convert(nn.GroupNorm(2, 4), "torch")
+
+
+def test_whitening_that_was_learned_has_no_way_back_and_says_so():
+    model = nn.Sequential(nn.BatchNorm2d(12))
+    new, _ = convert(model, "decorrelated")
+    new(torch.randn(8, 12, 3, 3))
+    same, report = convert(new, "torch")
+    assert report.skipped[0].why == "it whitens by covariances that it has learned, which no other layer does"
+    _assert_same(new, same)
 
 
 class Residual(nn.Module):

@@ -111,7 +111,7 @@ def test_compiled_for_each_domain():
 
 
 def test_bad_names_get_clear_errors():
-    for domains in ((), ("a", "a"), "source"):
+    for domains in ((), ("a", "a"), "source", None):
         with pytest.raises(ArgumentError, match="at least one name and none twice"):
             DomainBatchNorm(3, domains=domains)
     for name in ("a.b", "", "pop"):

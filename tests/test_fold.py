@@ -435,21 +435,33 @@ def test_a_network_that_does_not_run_afterwards_is_given_back():
 
 
 def test_a_network_that_amplifies_rounding_is_decided_in_float64():
-    class Amplifying(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-
-        def forward(self, x):
-            y = self.norm(self.conv(x))
-            return torch.sin(y * 1000)
-
-    _, report = fold(settled(Amplifying()), sizes(2))
+    _, report = fold(amplifying(1000), sizes(2))
     assert report.agreement.holds
-    assert report.agreement.tolerance > 1e-5
+    assert 1e-5 < report.agreement.tolerance == 3 * report.agreement.own_rounding < 1e-3
     assert "off its own outputs in float64 by rounding alone" in str(report)
-    _, strict = fold(settled(Amplifying()), sizes(2), tolerance=0.0)
-    assert strict.agreement.tolerance > 0 or not strict.agreement.holds
+    assert "; the network's own rounding error is " in str(report)
+
+
+def test_a_tolerance_that_is_given_does_not_give_way_to_rounding():
+    new, report = fold(amplifying(1000), sizes(2), tolerance=1e-7)
+    assert (report.agreement.holds, report.agreement.tolerance) == (False, 1e-7)
+    assert type(new.n) is nn.BatchNorm2d
+
+
+def test_a_network_that_is_all_rounding_is_not_folded_unless_one_says_how_far_off_it_may_be():
+    """The tolerance used to be three times the network's own rounding error, however large that was."""
+    new, report = fold(amplifying(1e5), sizes(2))
+    assert (report.agreement.holds, report.agreement.tolerance) == (False, pytest.approx(1e-3))
+    assert report.agreement.own_rounding > 1e-3
+    assert "pass a tolerance to have it folded all the same" in str(report)
+    assert type(new.n) is nn.BatchNorm2d
+    assert fold(amplifying(1e5), sizes(2), tolerance=2.0)[1].agreement.holds
+
+
+def amplifying(factor):
+    """A network that multiplies rounding errors."""
+    modules = {"c": nn.Conv2d(4, 4, 3), "n": nn.BatchNorm2d(4)}
+    return settled(Net(lambda self, x: torch.sin(self.n(self.c(x)) * factor), **modules))
 
 
 def test_several_arguments_and_names():

@@ -192,7 +192,7 @@ def test_shared_parameters_are_in_one_group_once():
     second.weight = first.weight
     decayed, kept = parameter_groups(nn.Sequential(first, second, first), 0.1)
     assert (len(decayed["params"]), len(kept["params"])) == (0, 3)
-    with pytest.raises(ArgumentError, match="weight_decay must be at least 0, got -1"):
+    with pytest.raises(ArgumentError, match="weight_decay must be a number of at least 0, got -1"):
         parameter_groups(first, -1)
     with pytest.raises(ArgumentError, match=r"model must be a torch.nn.Module, got list"):
         parameter_groups([first], 0.1)

@@ -320,6 +320,57 @@ def test_a_network_that_differs_afterwards_is_given_back():
     assert type(model.norm) is nn.BatchNorm2d
 
 
+class Looking(nn.Module):
+    """Its second layer's kind, which torch.fx does not see, goes into the output."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.norm, self.relu, self.fails = nn.BatchNorm2d(4), nn.ReLU(), fails
+
+    def forward(self, x):
+        is_plain = type(self.norm) is nn.BatchNorm2d
+        if self.fails and self.training and not is_plain:
+            raise RuntimeError("another layer was here")
+        return self.relu(self.norm(x)) * (2 if is_plain else 1)
+
+
+@pytest.mark.parametrize("nosy", [Looking(), Looking(fails=True)], ids=["differs", "fails"])
+def test_a_layer_that_cannot_be_fused_does_not_keep_the_others_from_it(nosy):
+    model = settled(nn.Sequential(pair(nn.ReLU()), nosy, pair(nn.SiLU()), pair(nn.ReLU(), nn.BatchNorm2d(4), nn.Tanh())))
+    new, report = fuse_activations(model, images())
+    assert report.agreement.holds
+    assert [one.names[0] for one in report.changed] == ["0.1", "2.1", "3.1", "3.3"]
+    (left,) = report.skipped
+    assert left.name == "1.norm"
+    assert "fused, the network computes something else" in left.why
+    assert type(new[1].norm) is nn.BatchNorm2d
+    x = images()
+    torch.testing.assert_close(step(new, x), step(model, x), rtol=1e-9, atol=1e-9)
+    same, _ = fuse_activations(model, images(), inplace=True)
+    assert type(same[1].norm) is nn.BatchNorm2d
+    assert same[2][1].activation == "silu"
+
+
+def test_layers_in_lists_are_those_of_the_block_that_calls_them():
+    """They were left alone with the words that they are not called with this example."""
+
+    def forward(self, x):
+        for norm, conv in zip(self.norms, self.parts["convs"], strict=True):
+            x = x + conv(F.relu(norm(x)))
+        for outer in self.outer:
+            x = self.relu(x + outer(x))
+        return x
+
+    def convs(count):
+        return nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(count))
+
+    norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3))
+    outer = nn.ModuleList(nn.Sequential(conv, nn.BatchNorm2d(4)) for conv in convs(2))
+    model = Net(forward, norms=norms, parts=nn.ModuleDict({"convs": convs(3)}), outer=outer, relu=nn.ReLU())
+    fused = {f"norms.{i}": "relu" for i in range(3)} | {f"outer.{i}.1": "addition + relu" for i in range(2)}
+    check(model, images(), fused=fused)
+
+
 def test_it_compiles():
     new, _ = fuse_activations(settled(BasicBlock(4, 4)), images())
     x = images()

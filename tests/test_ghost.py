@@ -114,8 +114,10 @@ def test_checkpoints_of_torch_nn_load_and_go_back():
 
 
 def test_bad_sizes_get_clear_errors():
-    with pytest.raises(ArgumentError, match="ghost_size must be at least 1 example, got 0"):
+    with pytest.raises(ArgumentError, match="ghost_size must be an int of at least 1 example, got 0"):
         GhostBatchNorm(3, ghost_size=0)
+    with pytest.raises(ArgumentError, match="ghost_size must be an int of at least 1 example, got '8'"):
+        GhostBatchNorm(3, ghost_size="8")
     with pytest.raises(ShapeError, match="more than 1 value per channel"):
         GhostBatchNorm(3, ghost_size=1)(torch.randn(4, 3))
     with pytest.raises(ShapeError, match="more than 1 value per channel"):

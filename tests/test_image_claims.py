@@ -13,6 +13,7 @@ from batchnorm.lab.claim import Claim
 from batchnorm.lab.claims import (
     CLAIMS,
     cost,
+    dense_batches,
     domain_shift,
     image_statistics,
     landscape,
@@ -62,6 +63,8 @@ def test_a_small_run_goes_from_end_to_end(claim: Claim, folder: str, monkeypatch
     if claim is image_statistics:
         monkeypatch.setattr(claim, "EARLY", 2)
         monkeypatch.setattr(claim, "LATE", 4)
+    if claim is dense_batches:
+        monkeypatch.setattr(claim, "RATES", (0.1,))
     jobs = [
         replace(job, runs=tuple(small(run) for run in job.runs), images=folder)
         for job in claim.jobs((0, 1), claim.CARD.tier)
@@ -78,6 +81,7 @@ def check(claim: Claim, records: list[dict[str, Any]]) -> str:
     ordered = sorted(records, key=lambda record: (record["arm"], record["seed"], record["rate"], record["key"]))
     measures = claim.measure(ordered)
     assert len({measure.name for measure in measures}) == len(measures)
+    assert {one.measure for one in claim.CARD.reported} <= {measure.name for measure in measures}
     verdict = claim.judge(measures)
     assert verdict.headline in measures
     assert "nan" not in verdict.reading
@@ -136,6 +140,18 @@ def test_small_batches(batch: float, group: float, verdict: str) -> None:
         return 0.5 - (lost if run.training.batch_size == small_batches.SMALL else 0.0)
 
     assert check(small_batches, made(small_batches, nothing, accuracy)) == verdict
+
+
+@pytest.mark.parametrize(
+    ("batch", "layer", "verdict"),
+    [(0.10, 0.01, "shown"), (0.10, 0.12, "partly"), (0.02, 0.0, "partly"), (0.0, 0.0, "not shown")],
+)
+def test_dense_batches(batch: float, layer: float, verdict: str) -> None:
+    def accuracy(run: Run, at: float) -> float:
+        lost = {"batch": batch, "layer": layer}.get(run.arm.split()[0], 0.0)
+        return 0.5 - (lost if run.training.batch_size == dense_batches.SMALL else 0.0)
+
+    assert check(dense_batches, made(dense_batches, nothing, accuracy)) == verdict
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import pytest
 from on_jax import on_jax
 
 
-@pytest.mark.parametrize("file", ["test_keras_layer.py", "test_keras_models.py"])
-def test_the_same_holds_on_jax(file):
-    shown = on_jax("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"tests/{file}")
+def test_the_same_holds_on_jax():
+    files = ["tests/test_keras_layer.py", "tests/test_keras_models.py"]
+    shown = on_jax("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files)
     assert "passed" in shown
 
 

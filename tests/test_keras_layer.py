@@ -58,7 +58,7 @@ def test_a_training_step_is_the_papers(shape, axis, masked):
     rest = tuple(size for i, size in enumerate(shape) if i not in channels)
     mask = np.random.default_rng(2).random(rest) < 0.6 if masked else None
     layer, before = trained(axis, shape)
-    got = step(layer, x, dy, mask)
+    got = step(layer, x, dy, mask, compiled=True)
     expected = oracle.train(x, dy, before["gamma"], before["beta"], eps=EPS, channels=channels, mask=mask)
     near(got.y, expected.y)
     near(got.dx, expected.dx)
@@ -73,7 +73,7 @@ def test_inference_uses_the_moving_statistics_and_leaves_them(shape, axis):
     channels = channels_of(axis, shape)
     x, dy = numbers(shape), numbers(shape, seed=1)
     layer, before = trained(axis, shape)
-    got = step(layer, x, dy, training=False)
+    got = step(layer, x, dy, training=False, compiled=True)
     given = before["moving_mean"], before["moving_variance"]
     expected = oracle.train(x, dy, before["gamma"], before["beta"], eps=EPS, channels=channels, given=given)
     near(got.y, expected.y)
@@ -135,7 +135,7 @@ def test_a_mean_of_10000_keeps_its_digits(shape_axis):
     shape, axis = shape_axis
     x, dy = numbers(shape, mean=1e4, std=1.0), numbers(shape, seed=1)
     layer = BatchNormalization(axis=axis, momentum=0.0)
-    got = step(layer, x, dy)
+    got = step(layer, x, dy, compiled=True)
     expected = oracle.train(x, dy, eps=EPS, channels=channels_of(axis, shape))
     np.testing.assert_allclose(got.y, expected.y, rtol=0, atol=5e-6)
     np.testing.assert_allclose(got.dx, expected.dx, rtol=0, atol=2e-5)

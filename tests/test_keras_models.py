@@ -27,10 +27,10 @@ def _keras_seed():
     keras.utils.set_random_seed(0)
 
 
-def dense(layer=BatchNormalization):
+def dense(layer=BatchNormalization, widths=(64, 32)):
     """As the courses write it."""
     inputs = x = keras.Input((64,))
-    for units in (64, 32):
+    for units in widths:
         x = keras.layers.Dense(units, activation="relu")(x)
         x = layer()(x)
     return keras.Model(inputs, keras.layers.Dense(10, activation="softmax")(x))
@@ -55,7 +55,7 @@ def test_the_courses_model_is_fitted_evaluated_saved_and_loaded(digits, tmp_path
     train, test = digits
     model = dense()
     model.compile("adam", "sparse_categorical_crossentropy", metrics=["accuracy"])
-    history = model.fit(*train, epochs=8, validation_data=test, verbose=0)
+    history = model.fit(*train, epochs=12, batch_size=64, validation_data=test, verbose=0)
     loss, accuracy = model.evaluate(*test, verbose=0)
     assert history.history["accuracy"][-1] > 0.97
     assert accuracy > 0.9
@@ -72,7 +72,7 @@ def test_the_courses_model_is_fitted_evaluated_saved_and_loaded(digits, tmp_path
 def test_fit_gives_what_it_gives_with_keras_layer(digits):
     """With images, whose statistics are harmless, the two cannot be told apart."""
     train, test = digits
-    models = dense(BatchNormalization), dense(keras.layers.BatchNormalization)
+    models = dense(BatchNormalization, (16,)), dense(keras.layers.BatchNormalization, (16,))
     models[1].set_weights(models[0].get_weights())
     for model in models:
         model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy")
@@ -87,7 +87,7 @@ def test_a_frozen_layer_stays_as_it_is_through_fit(digits):
     model.layers[2].trainable = False
     model.compile("adam", "sparse_categorical_crossentropy")
     frozen, other = weights(model.layers[2]), weights(model.layers[4])
-    model.fit(images, labels, epochs=1, verbose=0)
+    model.fit(images, labels, epochs=1, batch_size=256, verbose=0)
     for name, value in weights(model.layers[2]).items():
         np.testing.assert_array_equal(value, frozen[name])
     assert (weights(model.layers[4])["moving_variance"] != other["moving_variance"]).all()
@@ -106,7 +106,7 @@ def test_a_large_offset_of_the_features_does_not_stop_training(digits):
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras compiles nothing there unless asked, and takes a minute for it")
 def test_compiled_or_not_it_is_the_same(digits):
     (images, labels), _ = digits
-    models = dense(), dense()
+    models = dense(widths=(16,)), dense(widths=(16,))
     models[1].set_weights(models[0].get_weights())
     for model, jit_compile in zip(models, (False, True), strict=True):
         model.compile(keras.optimizers.SGD(0.1), "sparse_categorical_crossentropy", jit_compile=jit_compile)

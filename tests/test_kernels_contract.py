@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -23,11 +25,34 @@ else:
     INSTRUCTION_SETS = _cpu.instruction_sets()
 
 
-@pytest.fixture(params=["reference", *INSTRUCTION_SETS])
+QUICK = ["reference", *INSTRUCTION_SETS]
+"""Interpreted kernels take a tenth of a second a program: they meet each view in each form, and the dtypes in turn; but
+for many channels, which are as many programs."""
+
+
+def _cases(views, dtypes, forms):
+    """Marks a test with each view, dtype and form for each backend."""
+    cases = [(name, *case) for name in QUICK for case in itertools.product(views, dtypes, forms)]
+    few = [view for view in views if view.id != "many-channels"]
+    for (i, view), (j, form) in itertools.product(enumerate(few), enumerate(forms)):
+        cases.append(("triton", view, dtypes[(i + j) % len(dtypes)], form))
+    params = [
+        pytest.param(name, view.values[0], dtype.values[0], form, id=f"{name}-{view.id}-{dtype.id}-{form}")
+        for name, view, dtype, form in cases
+    ]
+    return pytest.mark.parametrize(("backend", "view", "dtype", "form"), params, indirect=["backend"])
+
+
+@pytest.fixture(params=[*QUICK, "triton"])
 def backend(request):
-    """Each backend; the CPU core with every instruction set that the machine has."""
+    """Each backend; the CPU core with every instruction set that the machine has, Triton's kernels interpreted."""
     if request.param == "reference":
         yield reference
+        return
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed")
+        with np.errstate(all="ignore"):  # the interpreter computes with NumPy, whose warnings a GPU does not know
+            yield importlib.import_module("batchnorm.kernels.triton.backend")
         return
     before = _cpu.instruction_set()
     _cpu.choose_instruction_set(request.param)
@@ -68,11 +93,9 @@ def _gradient_scale(case, expected, eps=1e-5):
     return max(1.0, float(1 / np.sqrt(expected.var.min() + eps)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("view", VIEW_PARAMS)
-@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
-def test_stats(backend, view, dtype, masked):
-    case = _case(view, dtype, masked=masked)
+@_cases(VIEW_PARAMS, DTYPES, ["whole", "masked"])
+def test_stats(backend, view, dtype, form):
+    case = _case(view, dtype, masked=form == "masked")
     moments = backend.stats(case.x, case.mask)
     mean, var, count = oracle.moments(_numpy(case.x), mask=None if case.mask is None else case.mask[:, 0].numpy())
     assert moments.mean.shape == moments.var.shape == (case.x.shape[1],)
@@ -83,9 +106,7 @@ def test_stats(backend, view, dtype, masked):
     np.testing.assert_array_equal(np.broadcast_to(np.asarray(moments.count), count.shape), count)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("view", VIEW_PARAMS)
-@pytest.mark.parametrize("form", ["plain", "affine", "affine-relu", "affine-residual-relu", "masked-residual-gelu"])
+@_cases(VIEW_PARAMS, DTYPES, ["plain", "affine", "affine-relu", "affine-residual-relu", "masked-residual-gelu"])
 def test_forward_and_backward(backend, view, dtype, form):
     case = _case(view, dtype, with_affine=form != "plain", masked="masked" in form)
     activation = {"relu": "relu", "gelu": "gelu"}.get(form.split("-")[-1])

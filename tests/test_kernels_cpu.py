@@ -283,7 +283,7 @@ class TestDispatch:
         assert dispatch.get_backend() == "auto"
 
     def test_unknown(self):
-        with pytest.raises(ArgumentError, match="one of auto, cpu, reference; got 'gpu'"):
+        with pytest.raises(ArgumentError, match="one of auto, cpu, triton, reference; got 'gpu'"):
             dispatch.set_backend("gpu")
 
     def test_fake_tensors_never_reach_the_core(self):

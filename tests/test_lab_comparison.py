@@ -64,3 +64,15 @@ def test_folders_without_results_are_refused(folders: tuple[Path, Path], tmp_pat
     results.write_text('{"schema": 99, "claims": []}')
     with pytest.raises(ArgumentError, match="has schema 99, expected 1"):
         compare(*folders)
+
+
+def test_the_page_shows_the_figures_of_both(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    first, second = map(str, folders)
+    page = tmp_path / "both.html"
+    CliRunner().invoke(app, ["study", "compare", first, second, "-o", str(page)])
+    html = page.read_text(encoding="utf-8")
+    assert html.count('aria-label="Every seed, mean and interval.') == 2
+    assert html.count("<figcaption>a</figcaption>") == html.count("<figcaption>b</figcaption>") == 2
+    for part in ("same title", "moved title", "Only in a: gone", "Only in b: new", "1 with the same verdict"):
+        assert part in html
+    assert "a 11%" in html.replace("\u2009", "")

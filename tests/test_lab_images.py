@@ -58,6 +58,19 @@ def test_images_are_split_once_and_prepared_by_the_training_rows(folder: str) ->
     assert set(np.unique(load_images(folder, inputs="binarised").train.x)) == {0.0, 1.0}
 
 
+def test_the_first_images_of_a_part_are_a_fair_sample_where_the_source_comes_class_by_class(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Statistics were taken of one class, and two were tested on, where folders of images came class by class."""
+    y = np.repeat(np.arange(4), 100)
+    x = np.broadcast_to(y[:, None, None, None], (400, 4, 4, 1)).astype(np.uint8)
+    sorted_images = Images(x, y, x[::2], y[::2], "sorted.zip")
+    data = load_images(str(store(sorted_images, tmp_path_factory.mktemp("sorted") / "stored")), inputs="raw")
+    for part in (data.train, data.validation, data.test):
+        assert np.array_equal(part.x[:, 0, 0, 0], part.y)
+        assert set(part.y[: len(part.y) // 2]) == {0, 1, 2, 3}
+
+
 def test_images_are_averaged_down(folder: str) -> None:
     small, large = load_images(folder, side=8, inputs="raw"), load_images(folder, inputs="raw")
     assert small.train.x.shape == (270, 3, 8, 8)

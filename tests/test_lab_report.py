@@ -46,7 +46,8 @@ def test_report_holds_verdicts_numbers_and_files(tmp_path, claims):
     assert results["claims"][0]["seconds"] == 1.5
     assert results["data"][0]["name"] == "wine"
     names = set(_bytes(tmp_path))
-    assert {"report.html", "figures/first-one.svg", "figures/first-one.png", "tables/verdicts.csv"} <= names
+    figures = [f"figures/first-{part}.{kind}" for part in ("one", "measures_percent") for kind in ("svg", "png", "pdf")]
+    assert {"report.html", "tables/verdicts.csv", *figures} <= names
     assert not [name for name in names if name.startswith(".report")]
     assert HOSTILE not in (tmp_path / "report.html").read_text(encoding="utf-8")
 

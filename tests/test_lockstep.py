@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import threading
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import batchnorm
 from batchnorm import DecorrelatedBatchNorm, recalibrate
 from batchnorm.recalibration import lockstep
 from batchnorm.recalibration.memory import _of_container, _of_system, free_bytes
+from batchnorm.stats.moments import Moments
 
 F64 = torch.float64
 
@@ -51,8 +54,23 @@ def _batches(sizes=(9, 1, 7, 0, 16)):
     return torch.randn(sum(sizes), 4, dtype=F64, generator=torch.Generator().manual_seed(8)).split(sizes)
 
 
-def _threads():
-    return [thread for thread in threading.enumerate() if thread.name == "recalibrate"]
+class _Inside(_Residual):
+    """Goes from the first layer to the last in what `mode` switches on."""
+
+    def __init__(self, norm):
+        super().__init__(norm)
+        self.seen = []
+
+    def forward(self, x):
+        x = self.first(x)
+        with self.mode():
+            y = self.second(self.norms[0](x).relu())
+            self.norms[1](y)
+        return self.norms[2](self.second(x))
+
+    @contextlib.contextmanager
+    def mode(self):
+        yield
 
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, batchnorm.BatchNorm1d, nn.SyncBatchNorm, DecorrelatedBatchNorm])
@@ -65,9 +83,10 @@ def test_one_pass_gives_what_a_pass_for_each_layer_gives(norm, estimator):
     ]
     assert [report.passes for report in reports] == [1, 3]
     assert [report.why_passes for report in reports] == [None, "memory=0"]
-    assert reports[0].layers == reports[1].layers
+    for now, then in zip(reports[0].layers, reports[1].layers, strict=True):
+        assert (now.name, now.count, now.batches) == (then.name, then.count, then.batches)
+        assert (now.mean_shift, now.var_ratio) == pytest.approx((then.mean_shift, then.var_ratio), rel=1e-9)
     torch.testing.assert_close(one.state_dict(), many.state_dict(), rtol=1e-12, atol=1e-12)
-    assert not _threads()
 
 
 def test_each_batch_is_computed_once():
@@ -101,21 +120,108 @@ def test_more_activations_than_fit_get_a_pass_for_each_layer(monkeypatch):
     report = recalibrate(_made(_Residual), batches, memory=lockstep._LIVE * 33 * 4 * 8 - 1)
     assert report.passes == 3
     assert "the activations of all batches take more than" in report.why_passes
-    monkeypatch.setattr(lockstep, "_MOST_THREADS", 4)
-    assert "more than 4 threads" in recalibrate(_made(_Residual), batches).why_passes
+    monkeypatch.setattr(lockstep, "free_bytes", lambda device: 0)
+    assert recalibrate(_made(_Residual), batches).passes == 1  # so little is always there
+    monkeypatch.setattr(lockstep, "_LITTLE", 0)
+    assert "more than the 0.0 GB" in recalibrate(_made(_Residual), batches).why_passes
 
 
-def test_modes_that_other_threads_do_not_know_are_respected():
+def test_modes_of_the_caller_are_those_of_the_forwards():
+    with FlopCounterMode(display=False) as plain:
+        for batch in _batches():
+            _made(_Residual).eval()(batch)
     with FlopCounterMode(display=False) as mode:
         report = recalibrate(_made(_Residual), _batches())
-    assert report.passes == 3
-    assert mode.get_total_flops() > 0
-    with torch.autocast("cpu", torch.bfloat16):  # goes with the forwards
+    assert report.passes == 1
+    assert mode.get_total_flops() == plain.get_total_flops() > 0
+    model = _made(_Residual)
+    with torch.inference_mode():
+        assert recalibrate(model, _batches()).passes == 1
+        made_inside = _made(_Residual)
+        assert recalibrate(made_inside, _batches()).passes == 1
+    torch.testing.assert_close(model.state_dict(), dict(made_inside.state_dict()), rtol=0, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
         model = _made(_Residual).float()
         seen = []
         model.first.register_forward_hook(lambda *args: seen.append(args[-1].dtype))
         assert recalibrate(model, [batch.float() for batch in _batches()]).passes == 1
     assert set(seen) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("mode", "ask", "inside"),
+    [
+        (lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.is_autocast_enabled("cpu"), True),
+        (torch.enable_grad, torch.is_grad_enabled, True),
+    ],
+)
+def test_a_mode_within_a_forward_is_that_forwards_alone(mode, ask, inside):
+    model, alone = _made(_Inside).float(), _made(_Inside).float()
+    seen = {"first": [], "second": []}
+    for one in (model, alone):
+        one.mode = mode
+        for name, answers in seen.items():
+            getattr(one, name).register_forward_hook(lambda *_, answers=answers: answers.append(ask()))
+    batches = [batch.float() for batch in _batches((9, 2, 7, 16))]
+    report = recalibrate(model, batches)
+    assert report.passes == 1
+    assert seen["first"] == [not inside] * 4
+    assert seen["second"] == [inside] * 4 + [not inside] * 4
+    recalibrate(alone, batches, memory=0)
+    torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=1e-6, atol=1e-6)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, BaseTorchFunctionMode])
+def test_modes_that_cannot_be_left_in_the_middle_get_a_pass_for_each_layer(mode):
+    model, alone = _made(_Inside), _made(_Inside)
+    model.mode = alone.mode = mode
+    report = recalibrate(model, _batches())
+    assert report.why_passes == "a mode of torch is switched on during a forward"
+    recalibrate(alone, _batches(), memory=0)
+    torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=0, atol=0)
+    assert not torch.is_inference_mode_enabled()
+    assert torch._C._len_torch_function_stack() == 0
+
+
+def test_layers_that_run_in_a_thread_get_a_pass_for_each_layer():
+    model = _made(_Residual)
+
+    def forward(model, batch):
+        with ThreadPoolExecutor() as pool:
+            return pool.submit(torch.no_grad()(model), batch).result()
+
+    report = recalibrate(model, _batches((9, 2)), forward=forward)
+    assert report.why_passes == "a forward goes through a layer in a thread of its own"
+    alone = _made(_Residual)
+    recalibrate(alone, _batches((9, 2)))
+    torch.testing.assert_close(model.state_dict(), alone.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_functional_call_as_the_forward_leaves_its_weights_in_the_model():
+    model, averaged = _made(_Residual), _made(_Residual)
+    before = dict(model.named_parameters())
+    with torch.no_grad():
+        for parameter in averaged.parameters():
+            parameter.mul_(1.5)
+    weights = dict(averaged.named_parameters())
+    recalibrate(model, _batches(), forward=lambda model, x: torch.func.functional_call(model, weights, x))
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    recalibrate(averaged, _batches())
+    torch.testing.assert_close(dict(model.named_buffers()), dict(averaged.named_buffers()), rtol=1e-12, atol=1e-12)
+
+
+def test_small_batches_are_gone_through_together_and_others_one_by_one(monkeypatch):
+    batches = [torch.randn(5, 4, 3, dtype=F64), torch.randn(2, 4, 7, dtype=F64), torch.randn(3, 4, 7, dtype=F64)]
+    whole = Moments.merge(*(Moments.of(batch, (0, 2)) for batch in batches))
+    for small, chosen in ((lockstep._SMALL, batches), (batches[1].nbytes, batches), (0, batches), (0, batches[1:])):
+        monkeypatch.setattr(lockstep, "_SMALL", small)
+        expected = whole if chosen is batches else Moments.merge(*(Moments.of(batch, (0, 2)) for batch in chosen))
+        layer = nn.BatchNorm1d(4).double()
+        report = recalibrate(layer, chosen)
+        torch.testing.assert_close(layer.running_mean, expected.mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(layer.running_var, expected.unbiased_var, rtol=1e-12, atol=1e-12)
+        assert (report.layers[0].count, report.layers[0].batches) == (expected.count, len(chosen))
 
 
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
@@ -133,7 +239,6 @@ def test_an_error_while_others_wait_ends_them(stop):
     with pytest.raises(stop, match="in the middle"):
         recalibrate(model, [*_batches(), *_batches()])
     handle.remove()
-    assert not _threads()
     assert not any(module._forward_pre_hooks for module in model.modules())
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 

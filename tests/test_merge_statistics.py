@@ -77,6 +77,7 @@ STATE = {"bn.running_mean": torch.zeros(2), "bn.running_var": torch.ones(2)}
         ([{"weight": torch.zeros(1)}], [1], ArgumentError, "has no running_mean beside a running_var"),
         ([STATE, {}], [1, 1], ArgumentError, "statistics of different layers: bn"),
         ([STATE], [1, 1], ArgumentError, "one entry for each state_dict, 1; got 2"),
+        ([STATE], 3, ArgumentError, "counts must be a list, with one entry for each state_dict; got 3"),
         ([STATE], [2.5], ArgumentError, r"counts\[0\] must be an int of at least 0 .*got 2.5"),
         ([STATE], [-1], ArgumentError, "must be an int of at least 0"),
         ([STATE], [{"other": 3}], ArgumentError, "no entry for the layer 'bn'"),

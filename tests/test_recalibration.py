@@ -460,6 +460,8 @@ def test_a_second_pass_that_lacks_batches_is_an_error():
         ({"memory": -1}, "memory must be an int of bytes"),
         ({"layers": ["bn1"]}, "layers: 'bn1' is or contains no batch normalization layer"),
         ({"layers": nn.Linear(2, 2)}, "layers: the given Linear is or contains no"),
+        ({"layers": 3}, "layers must be names or modules, or None for all; got 3"),
+        ({"forward": 3}, "forward must be forward.model, batch. or None, got int"),
         ({"group": "world"}, "group must be a process group"),
         ({"batches": torch.zeros(4, 4)}, "batches must be a DataLoader or another iterable"),
         ({"batches": 3}, "batches must be a DataLoader or another iterable"),

@@ -103,6 +103,8 @@ def test_without_weight_or_bias(affine):
 
 
 def test_bad_schedules_get_clear_errors():
+    with pytest.raises(ArgumentError, match=r"r_max must be .step, value. pairs, got 3.0; a constant is"):
+        BatchRenorm(3, r_max=3.0)
     with pytest.raises(ArgumentError, match=r"r_max must be .* ascending steps"):
         BatchRenorm(3, r_max=[(10, 1.0), (10, 2.0)])
     with pytest.raises(ArgumentError, match=r"d_max must be .* ascending steps"):

@@ -1,5 +1,7 @@
 """The page: whole HTML, nothing fetched, every id once, every figure with words, nothing unescaped."""
 
+import base64
+import hashlib
 from html.parser import HTMLParser
 
 import pytest
@@ -67,6 +69,7 @@ def _results(claims=2, text="plain", measures=None):
             "headline": _measure(label=text),
             "measures": measures or [_measure(label=text)],
             "figures": [{"name": "f", "file": f"figures/{i}{part}.svg", "alt": text} for part in "ab"],
+            "reported": [{"measure": "ratio", "value": 2.3, "where": text}],
             "runs": 4,
             "seconds": 1.5,
         }
@@ -97,7 +100,8 @@ def test_page_is_whole_and_small_and_every_id_stands_once(svg, claims):
 def test_page_asks_for_nothing_outside_itself(svg):
     html = _render(_results(), svg)
     assert all(reference.startswith("#") for reference in Page(html).references)
-    assert not any(tag in ("script", "link", "img", "iframe", "object") for tag, _ in Page(html).tags)
+    assert not any(tag in ("link", "img", "iframe", "object") for tag, _ in Page(html).tags)
+    assert [attributes for tag, attributes in Page(html).tags if tag == "script"] == [{}]
     assert "@import" not in html
     assert all(part.startswith("(#") for part in html.split("url")[1:] if part.startswith("("))
 
@@ -110,8 +114,22 @@ def test_every_figure_has_alternative_text(svg):
 
 def test_hostile_text_stays_text(svg):
     html = _render(_results(1, HOSTILE), svg)
-    assert "<script" not in html
-    assert "".join(Page(html).text).count(HOSTILE) >= 9
+    assert html.count("<script") == 1
+    assert "".join(Page(html).text).count(HOSTILE) >= 10
+
+
+def test_only_the_pages_own_script_is_allowed(svg):
+    html = _render(_results(), svg)
+    (policy,) = (a["content"] for tag, a in Page(html).tags if a.get("http-equiv") == "Content-Security-Policy")
+    script = html.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+def test_what_others_report_stands_beside_the_measure(svg):
+    text = "".join(Page(_render(_results(1), svg)).text)
+    assert "Reported elsewhere" in text
+    assert "2.30\N{MULTIPLICATION SIGN}plain" in text
 
 
 def test_verdicts_differ_without_colour(svg):

@@ -71,8 +71,10 @@ def test_a_ratio_refuses_bad_sides(gaussians):
     x, is_new = gaussians
     with pytest.raises(ArgumentError, match="y must say the side of each of the 3000 rows"):
         ULSIF().fit(x, np.full(3000, 2))
-    with pytest.raises(ArgumentError, match="at least 5 rows of each side"):
+    with pytest.raises(ArgumentError, match="at least 6 rows on each side"):
         ULSIF().fit(x, np.arange(3000) < 3)
+    with pytest.raises(ArgumentError, match="groups must be 3000 integers, got float64"):
+        ULSIF().fit(x, is_new, groups=x[:, 0])
     with pytest.raises(ArgumentError, match="alpha must be at least 0 and below 1"):
         RuLSIF(alpha=1.0).fit(x, is_new)
 
@@ -89,6 +91,19 @@ def test_a_gain_must_be_shown_after_the_correction():
         paired(base[:9], base[:9])
     with pytest.raises(ArgumentError, match="not finite"):
         paired(base, np.full(50, np.nan))
+
+
+def test_repeated_rows_of_a_group_are_no_evidence():
+    """Twelve patients' rows, 20 times each: row by row a chance difference looks sure."""
+    rng = np.random.default_rng(2)
+    few = rng.normal(-0.3, 1.0, 12)
+    base, difference, group = np.full(240, 9.0), np.repeat(few, 20), np.repeat(np.arange(12), 20)
+    by_rows, by_groups = paired(base, base + difference), paired(base, base + difference, group)
+    assert by_rows.p_value < 0.001
+    assert by_groups.p_value == pytest.approx(paired(base[:12], base[:12] + few).p_value)
+    assert by_groups.change == pytest.approx(by_rows.change)
+    with pytest.raises(ArgumentError, match="at least 10 groups or time blocks, got 9"):
+        paired(base[:180], base[:180], group[:180])
 
 
 def test_chance_adopts_nothing_in_95_of_100_cases():

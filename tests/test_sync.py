@@ -139,6 +139,15 @@ def test_nan_on_one_rank_leaves_the_statistics_of_all(found):
         assert not result["nan"]["mean"].any()
 
 
+@pytest.mark.parametrize("kind", ["SyncBatchNorm", "TorchsOnCpu"])
+def test_a_transaction_commits_the_batches_of_all_ranks_once(found, kind):
+    whole = torch.cat([sync_cases.values_of(rank, n=rank * 2) for rank in range(WORLD)])
+    for result in found:
+        assert int(result["transaction"][kind]["tracked"]) == 1
+        _close(result["transaction"][kind]["mean"], 0.1 * whole.mean(0))
+        _close(result["transaction"][kind]["var"], 0.9 + 0.1 * whole.var(0))
+
+
 def test_twenty_steps_of_ddp_are_those_of_one_process(found):
     alone = sync_cases.twenty_steps(None)
     for result in found:

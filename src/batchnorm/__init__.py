@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from batchnorm.layers.frozen import FrozenBatchNorm as FrozenBatchNorm
     from batchnorm.layers.ghost import GhostBatchNorm as GhostBatchNorm
     from batchnorm.layers.renorm import BatchRenorm as BatchRenorm
+    from batchnorm.layers.save_memory import save_memory as save_memory
     from batchnorm.layers.sync import SyncBatchNorm as SyncBatchNorm
     from batchnorm.layers.transactions import transaction as transaction
     from batchnorm.layers.weight_decay import parameter_groups as parameter_groups
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from batchnorm.surgery.fusing import fuse_activations as fuse_activations
     from batchnorm.surgery.onnx_folding import fold_onnx as fold_onnx
     from batchnorm.surgery.porting.operation import port as port
+    from batchnorm.surgery.saved_bytes import saved_bytes as saved_bytes
 
 __version__ = "0.1.0"
 
@@ -56,6 +58,8 @@ _HOMES = {
     "port": "batchnorm.surgery.porting.operation",
     "parameter_groups": "batchnorm.layers.weight_decay",
     "recalibrate": "batchnorm.recalibration.estimation",
+    "save_memory": "batchnorm.layers.save_memory",
+    "saved_bytes": "batchnorm.surgery.saved_bytes",
     "transaction": "batchnorm.layers.transactions",
     "unfreeze": "batchnorm.surgery.freezing",
     "GhostBatchNorm": "batchnorm.layers.ghost",
@@ -91,6 +95,8 @@ __all__ = [
     "parameter_groups",
     "port",
     "recalibrate",
+    "save_memory",
+    "saved_bytes",
     "transaction",
     "unfreeze",
     "use_domain",

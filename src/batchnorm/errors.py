@@ -31,6 +31,10 @@ class VerificationError(BatchNormError, RuntimeError):
         self.report = report
 
 
+class ChangedInPlaceError(BatchNormError, RuntimeError):
+    """A tensor that a backward pass needs was written to after the forward pass."""
+
+
 class MissingPackageError(BatchNormError, ImportError):
     """A package that the base installation does without is not there."""
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.utils._pytree
 
-from batchnorm.kernels import direct, operations, operators
+from batchnorm.kernels import direct, operations, operators, recomputation
 from batchnorm.kernels.arrays import moments_to_arrays, statistics_to_tensors, to_tensor
 from batchnorm.kernels.autograd import Normalise, Work
 from batchnorm.kernels.checks import check_out, checked_view
@@ -122,10 +123,23 @@ def batch_norm(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        y = Normalise.apply(x, weight, bias, residual, work)  # type: ignore[no-untyped-call]
+        y = _in_graph((x, weight, bias, residual), work)
     else:
-        y = work.forward(x, weight, bias, residual)
-    return in_memory_format(y, view), work.used
+        y = in_memory_format(work.forward(x, weight, bias, residual), view)
+    return y, work.used
+
+
+def _in_graph(inputs: recomputation.Inputs, work: Work) -> torch.Tensor:
+    """The output as a node of autograd's graph; the layer's own node keeps the inputs, another one often the output."""
+    view = work.view
+
+    def node() -> torch.Tensor:
+        return in_memory_format(Normalise.apply(*inputs, work), view)  # type: ignore[no-untyped-call]
+
+    if not recomputation.in_use:
+        return node()
+    again = partial(work.again, work.backend)  # backward may go on with another one
+    return recomputation.noted(node, inputs, work.activation, lambda *inputs: in_memory_format(again(*inputs), view))
 
 
 def _into(

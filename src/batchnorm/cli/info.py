@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from importlib import metadata
 
 import typer
 
@@ -29,6 +30,7 @@ def _facts() -> dict[str, str]:
         "python": f"{sys.version.split()[0]} on {platform.system()} {platform.machine()}",
         "backend": f"{dispatch.get_backend()} (BATCHNORM_BACKEND or kernels.dispatch.set_backend chooses)",
     }
+    facts["gpu kernels"] = _gpu(torch.cuda.is_available())
     try:
         core = dispatch.cpu_core()
     except ArgumentError as error:
@@ -44,3 +46,22 @@ def _facts() -> dict[str, str]:
         "output pool": f"{limit >> 20} MB may lie idle (BATCHNORM_POOL_MB)" if limit else "off (BATCHNORM_POOL_MB)",
         "tensors by": "DLPack's exchange API" if core.has_exchange_api else "their Python attributes (slower calls)",
     }
+
+
+def _gpu(is_there: bool) -> str:
+    """What computes on tensors of a GPU."""
+    import torch
+
+    from batchnorm.kernels import dispatch
+
+    if dispatch.get_backend() in ("cpu", "reference"):
+        return "not in use"
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "the reference: Triton is not installed (pip install triton)"
+    if not is_there:
+        return f"Triton {version}; PyTorch finds no GPU"
+    why = dispatch.why_no_triton(torch.device("cuda", torch.cuda.current_device()))
+    name = torch.cuda.get_device_name()
+    return f"the reference, as Triton {version} cannot run on {name}: {why}" if why else f"Triton {version} on {name}"

@@ -56,7 +56,7 @@ def reference(
     null: Null = None,
     rows: Annotated[int | None, typer.Option(min=0, help="Rows to keep for the tests; 0 keeps none.")] = None,
     engine: Annotated[
-        EngineName, typer.Option(help="dask reads the parts on its workers; for spark see docs/shift.md.")
+        EngineName, typer.Option(help="Where the parts are read: here, on Dask's workers, on Spark's executors.")
     ] = EngineName.local,
     force: Annotated[bool, typer.Option("--force", help="Overwrite OUT.")] = False,
 ) -> None:
@@ -75,16 +75,10 @@ def reference(
     }
     if null:
         options["nulls"] = tuple(null)
-    if engine is EngineName.spark:
-        raise ArgumentError("spark needs a session: call batchnorm.shift.partitions.from_spark(frame) in its driver")
-    if engine is EngineName.dask:
-        from batchnorm.shift.partitions import from_dask
+    from batchnorm.shift import partitions
 
-        found = from_dask(table, **options)
-    else:
-        from batchnorm.shift.partitions import from_parts
-
-        found = from_parts(table, **options)
+    read = {"local": partitions.from_parts, "dask": partitions.from_dask, "spark": partitions.from_spark}[engine.value]
+    found = read(table, **options)
     if model is not None:
         found = _with_layers(found, table, found, model, weights, forward, (target,))
     found.save(out)
@@ -137,7 +131,9 @@ def compare(
     if out is not None:
         html = out.suffix == ".html"
         page = (
-            render.as_html(found, reference=str(reference), new=table, version=batchnorm.__version__) if html else text
+            render.as_html(found, reference=reference.name, new=Path(table).name, version=batchnorm.__version__)
+            if html
+            else text
         )
         write_whole(out, page.encode("utf-8"))
     if as_json:

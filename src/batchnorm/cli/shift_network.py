@@ -65,7 +65,7 @@ def numeric_columns(reference: Reference, *others: str | None) -> list[str]:
 def rows_of(table: Table, reference: Reference) -> Iterator[pl.DataFrame]:
     """The rows of a table in batches, as the Reference's kinds read them."""
     kinds = {name: column.kind for name, column in reference.columns.items()}
-    for batch in batches(as_kinds(scan(table, kinds), kinds, table), table):
+    for batch in batches(as_kinds(scan(table, kinds, nulls=reference.nulls), kinds, table), table):
         yield from batch.iter_slices(_ROWS)
 
 
@@ -96,7 +96,7 @@ def losses(net: torch.nn.Module, forward: Forward, table: Table, reference: Refe
             goal = torch.from_numpy(rows[target].to_numpy().copy())
         found.append(_loss(output, goal, column.kind == "category").numpy())
     if not found:
-        raise ArgumentError(f"{table} has no row with a value in {target!r}")
+        raise ArgumentError(f"no labelled row has a value in {target!r}")
     return np.concatenate(found)
 
 

@@ -23,9 +23,9 @@ def refuse_existing(out: Path, force: bool) -> None:
 def new_side(old: Reference, table: str, target: str | None, null: Sequence[str] | None = None) -> Reference:
     """The Reference of new rows with the columns of the old one; the target may be missing."""
     from batchnorm.shift.reference import Reference
-    from batchnorm.shift.tables import NULLS, scan
+    from batchnorm.shift.tables import scan
 
-    nulls = tuple(null) if null else NULLS
+    nulls = tuple(null) if null else old.nulls
     names = scan(table, nulls=nulls).collect_schema().names()
     like = old if target is None or target in names else old.without(target)
     return Reference.of(table, like=like, salt="new", nulls=nulls)

@@ -14,6 +14,7 @@ from batchnorm.errors import ArgumentError
 # What needs polars, scikit-learn or torch is imported inside the command, so that --help answers at once.
 if TYPE_CHECKING:
     from batchnorm.shift.reference import Reference
+    from batchnorm.shift.roles import Roles
     from batchnorm.shift.treat import Treatment
 
 
@@ -24,6 +25,9 @@ def treat(
     labels: Annotated[
         str | None, typer.Option(help="New rows with the target, 10 or more; without them nothing is recommended.")
     ] = None,
+    time: Annotated[str | None, typer.Option(help="Column that says when; with --block.")] = None,
+    block: Annotated[str | None, typer.Option(help="Rows of a block of time stay together: 7D, 12h.")] = None,
+    group: Annotated[str | None, typer.Option(help="Rows with the same value stay together.")] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="weights.parquet, or model.safetensors with --model.")
     ] = None,
@@ -44,14 +48,15 @@ def treat(
     _check_out(out, model, weights, force)
     from batchnorm.cli.shift_tables import new_side
     from batchnorm.shift.reference import Reference
+    from batchnorm.shift.roles import Roles
 
     old = Reference.load(reference)
-    if target not in old.columns:
-        raise ArgumentError(f"--target: the reference has no column {target!r}; it has {', '.join(old.columns)}")
+    roles = Roles(target, time, block, group)
+    roles.check(old.columns)
     if model is not None:
-        result = _network(old, table, target, labels, out, model, weights, forward)
+        result = _network(old, table, roles, labels, out, model, weights, forward)
     else:
-        result = _table(old, new_side(old, table, target), target, labels, out, seed)
+        result = _table(old, new_side(old, table, target), roles, labels, out, seed)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -71,11 +76,11 @@ def _check_out(out: Path | None, model: str | None, weights: Path | None, force:
 
 
 def _table(
-    old: Reference, new: Reference, target: str, labels: str | None, out: Path | None, seed: int
+    old: Reference, new: Reference, roles: Roles, labels: str | None, out: Path | None, seed: int
 ) -> dict[str, Any]:
     from batchnorm.shift.treat import treat as run
 
-    found = run(old, new, target=target, labels=labels, seed=seed)
+    found = run(old, new, labels=labels, seed=seed, **asdict(roles))
     written = _write_weights(found, out)
     return {
         "adopted": found.adopted,
@@ -107,7 +112,7 @@ def _write_weights(found: Treatment, out: Path | None) -> str | None:
 def _network(
     old: Reference,
     table: str,
-    target: str,
+    roles: Roles,
     labels: str | None,
     out: Path | None,
     model: str,
@@ -119,12 +124,16 @@ def _network(
     from batchnorm.cli import weights as files
     from batchnorm.recalibration import recalibrate
     from batchnorm.shift.evidence import adopted, paired
+    from batchnorm.shift.treat import labelled_rows
 
-    net = nets.network(model, weights)
-    run = nets.forward_of(forward, nets.numeric_columns(old, target))
-    before = None if labels is None else nets.losses(net, run, labels, old, target)
+    net, target = nets.network(model, weights), str(roles.target)
+    run = nets.forward_of(forward, nets.numeric_columns(old, target, roles.time, roles.group))
+    few = None if labels is None else labelled_rows(labels, old, target)
+    before = None if few is None else nets.losses(net, run, few, old, target)
     report = recalibrate(net, list(nets.rows_of(table, old.without(target))), forward=run, group="local")
-    evidence = None if before is None else paired(before, nets.losses(net, run, str(labels), old, target))
+    evidence = None
+    if few is not None and before is not None:
+        evidence = paired(before, nets.losses(net, run, few, old, target), roles.units(few.clear(), few))
     name = "recalibrated statistics"
     choice = None if evidence is None else adopted({name: evidence}) or "nothing"
     written = None

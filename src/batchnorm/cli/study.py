@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +22,8 @@ _OPTIONS = {"workers": "jobs"}
 """Options that are called otherwise than their parameters."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+FAILED = 1
+"""Exit status where runs were given up."""
 
 
 class _Group(TyperGroup):
@@ -42,6 +46,30 @@ class TierName(str, Enum):
     full = "full"
 
 
+class EngineOption(str, Enum):
+    """Where runs are trained."""
+
+    joblib = "joblib"
+    dask = "dask"
+    ray = "ray"
+
+
+_Jobs = Annotated[int, typer.Option("--jobs", min=1, help="Processes that train side by side.")]
+_Engine = Annotated[
+    EngineOption, typer.Option(help="Where runs are trained: joblib's processes here, or a Dask or a Ray cluster.")
+]
+_Address = Annotated[
+    str,
+    typer.Option(
+        help="Of the cluster: Dask's scheduler (tcp://host:8786), Ray's head (auto, ray://host:10001). Without it a "
+        "cluster of --jobs processes is started here."
+    ),
+]
+_TensorBoard = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Log curves here while runs train, for `tensorboard --logdir DIR`.")
+]
+
+
 @app.callback()
 def study(
     context: typer.Context,
@@ -60,7 +88,10 @@ def study(
             "split and class. Without it MNIST or CIFAR-10 is downloaded once.",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option("--jobs", min=1, help="Processes that train side by side.")] = 2,
+    workers: _Jobs = 2,
+    engine: _Engine = EngineOption.joblib,
+    address: _Address = "",
+    tensorboard: _TensorBoard = None,
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds for each arm.")] = 3,
     claim: Annotated[
         list[str] | None, typer.Option(help="Only this claim; may be given several times. See: batchnorm study list")
@@ -81,8 +112,8 @@ def study(
         _report(report_only, display, as_json)
         return
     claims = _chosen(claim or (), tier.value)
-    options = {"seeds": tuple(range(seeds)), "tier": tier.value, "workers": workers, "images": _images(tier, data)}
-    _run(out, claims, options, display, as_json)
+    options = {"seeds": tuple(range(seeds)), "tier": tier.value, "images": _images(tier, data)}
+    _run(out, claims, options, _Where(engine, address, workers, tensorboard), display, as_json)
 
 
 @app.command("network", hidden=True)
@@ -92,7 +123,10 @@ def network(
     out: Annotated[Path, typer.Option(help="Folder for records, results and report; run again to resume.")] = Path(
         "study-network"
     ),
-    workers: Annotated[int, typer.Option("--jobs", min=1, help="Processes that train side by side.")] = 2,
+    workers: _Jobs = 2,
+    engine: _Engine = EngineOption.joblib,
+    address: _Address = "",
+    tensorboard: _TensorBoard = None,
     seeds: Annotated[int, typer.Option(min=1, help="Paired seeds for each arm.")] = 3,
     claim: Annotated[list[str] | None, typer.Option(help="Only this claim; may be given several times.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json, and nothing else, on stdout.")] = False,
@@ -112,11 +146,11 @@ def network(
     options = {
         "seeds": tuple(range(seeds)),
         "tier": "network",
-        "workers": workers,
         "images": images,
         "network": factory,
     }
-    _run(out, claims, options, Display(results_on_stdout=as_json), as_json)
+    where = _Where(engine, address, workers, tensorboard)
+    _run(out, claims, options, where, Display(results_on_stdout=as_json), as_json)
 
 
 @app.command("list")
@@ -135,6 +169,9 @@ def compare_studies(
     second: Annotated[Path, typer.Argument(metavar="B", help="Output folder of another one.")],
     all_measures: Annotated[bool, typer.Option("--all", help="Every measure, not the headlines alone.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write a page with the figures of both.")
+    ] = None,
 ) -> None:
     """Show two studies side by side: verdicts and measures with their intervals.
 
@@ -144,9 +181,13 @@ def compare_studies(
     from dataclasses import asdict
 
     from batchnorm.cli.study_display import show_comparison
-    from batchnorm.lab.comparison import compare
+    from batchnorm.lab.comparison import compare, comparison_page
 
     found = compare(first, second)
+    if out is not None:
+        from batchnorm.shift.storage import write_whole
+
+        write_whole(out, comparison_page(first, second).encode("utf-8"))
     if as_json:
         typer.echo(json.dumps(asdict(found), indent=1, allow_nan=False))
     else:
@@ -163,17 +204,52 @@ def _images(tier: TierName, data: Path | None) -> Path | None:
     return images_for(tier.value, data, shows_progress=True)
 
 
-def _run(out: Path, claims: Sequence[Claim], options: dict[str, Any], display: Any, as_json: bool) -> None:
-    """Trains what is missing and writes the report, of what is finished where Ctrl-C ends it."""
-    from batchnorm.lab.study import run_study
+@dataclass(frozen=True)
+class _Where:
+    """Where runs are trained, and where they tell of it."""
 
-    with display:
-        for judged in run_study(out, claims=claims, on_progress=display.progress, **options):
-            display.verdict(judged)
+    engine: EngineOption
+    address: str
+    workers: int
+    tensorboard: Path | None
+
+
+def _run(
+    out: Path, claims: Sequence[Claim], options: dict[str, Any], where: _Where, display: Any, as_json: bool
+) -> None:
+    """Trains what is missing and writes the report, of what is finished where Ctrl-C ends it."""
+    from batchnorm.lab.config import Watch
+    from batchnorm.lab.engines import engine_of
+    from batchnorm.lab.study import run_study
+    from batchnorm.lab.watching import check_tensorboard
+
+    if where.tensorboard is not None:
+        check_tensorboard()
+    # joblib's processes are started by the study itself, if there is anything to train.
+    is_cluster = where.engine is not EngineOption.joblib or bool(where.address)
+    engine = engine_of(where.engine.value, where.address, where.workers) if is_cluster else None
+    logs = "" if where.tensorboard is None else str(where.tensorboard.absolute())
+    # Files for the display are read where they are written: on this machine.
+    with display.watching(is_cluster) as folder, closing(engine) if engine else nullcontext():
+        study = run_study(
+            out,
+            claims=claims,
+            workers=where.workers,
+            engine=engine,
+            watch=Watch(folder, logs),
+            on_progress=display.progress,
+            **options,
+        )
+        with display, closing(study):
+            for judged in study:
+                display.verdict(judged)
     _report(out, display, as_json)
     if display.was_interrupted:
         display.say(f"Interrupted. The same command goes on from here; finished runs are in {out}.")
         raise typer.Exit(INTERRUPTED)
+    if display.failed:
+        display.say(f"{display.failed} runs failed: the same command tries them again.")
+        raise typer.Exit(FAILED)
 
 
 def _report(folder: Path, display: Any, as_json: bool) -> None:
@@ -199,7 +275,7 @@ def _chosen(names: Sequence[str], tier: str) -> tuple[Claim, ...]:
 
 def _refuse_beside_report_only(context: typer.Context) -> None:
     """--report-only says which records to take; options that choose what to train would change nothing."""
-    for name in ("out", "tier", "data", "workers", "seeds", "claim"):
+    for name in ("out", "tier", "data", "workers", "engine", "address", "tensorboard", "seeds", "claim"):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             option = _OPTIONS.get(name, name)

@@ -86,6 +86,11 @@ class Backend(Protocol):
         """Whether it takes (N, C, ...) too, and folds the trailing axes itself."""
         ...
 
+    @property
+    def packs(self) -> bool:
+        """Whether it is a `PackingBackend`."""
+        ...
+
     def forward(
         self,
         x: torch.Tensor,
@@ -146,4 +151,21 @@ class Backend(Protocol):
 
         dx = weight * inv_std * (dz - mask / count * (sums.dz + x_hat * sums.dz_xhat)), dresidual = dz.
         """
+        ...
+
+
+class PackingBackend(Backend, Protocol):
+    """A backend that keeps one bit an element for the backward of ReLU, where otherwise the residual must be kept.
+
+    Its backward functions take the bits in the place of the residual; there is no mask then.
+    """
+
+    def apply_packing(
+        self, x: torch.Tensor, statistics: Statistics, affine: Affine, residual: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`apply`, and the bits, uint8: whether ReLU lets an element through; None where bits are not the way."""
+        ...
+
+    def unpacked(self, signs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The bits of `apply_packing` for that x as bool, (N, C, L)."""
         ...

@@ -13,14 +13,14 @@ import torch  # before the core, which shares the OpenMP library that torch load
 
 from batchnorm.kernels import _cpu
 from batchnorm.kernels.contract import ACTIVATION_CODES, Affine, BackwardSums, Core, Gradients, Statistics
+from batchnorm.kernels.transforms import PLAIN_TENSORS, has_plain_memory
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
 folds = True
+packs = False
 
-_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 WIDE = (torch.float64, torch.float32)
-PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 _cpu.set_exchange_api(getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
 if "BATCHNORM_CPU_ISA" in os.environ:
@@ -34,15 +34,7 @@ os.register_at_fork(after_in_child=_cpu.forbid_threads)
 
 def can_take(x: torch.Tensor) -> bool:
     """Whether the core can read the memory of x: a plain tensor on the CPU, and nobody follows the operations."""
-    return bool(
-        x.is_cpu
-        and x.dtype in _DTYPES
-        and type(x) in PLAIN_TENSORS  # subclasses and fake tensors have meanings of their own
-        and torch._C._len_torch_dispatch_stack() == 0
-        and x.layout is torch.strided
-        and not x.is_neg()
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad(is_grads_batched=True)
-    )
+    return x.is_cpu and has_plain_memory(x)
 
 
 def forward(

@@ -8,11 +8,13 @@ it.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch.autograd.graph import increment_version
 
+from batchnorm.kernels import recomputation
 from batchnorm.kernels.autograd import Work
 from batchnorm.kernels.contract import ACTIVATION_CODES, Activation, Statistics
 from batchnorm.kernels.dispatch import backend_now, core_in_use
@@ -200,8 +202,33 @@ def _in_graph(
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
+        if recomputation.in_use:
+            return recomputation.noted(
+                partial(_apply, x, weight, bias, residual, activation, found),
+                (x, weight, bias, residual),
+                activation,
+                partial(_again, found[1], activation),
+            )
         return cast(torch.Tensor, _apply(x, weight, bias, residual, activation, found))
     return found[0]
+
+
+def _again(
+    done: Pass,
+    activation: Activation | None,
+    x: torch.Tensor,
+    weight: Parameter,
+    bias: Parameter,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """The output of a pass that was done: the core rounds alike whether it took the statistics itself or got them."""
+    mean, var = _statistics(done, x.shape[1])
+    y = infer(x, weight, bias, residual, done.eps, activation, -1, mean, var)
+    if y is not None:
+        return y
+    view = View(tuple(x.shape), (1,))
+    work = Work(view, backend_now(x), None, Moments(mean, var, done.count), done.eps, activation, None)
+    return work.forward(x, weight, bias, residual)
 
 
 class Direct(torch.autograd.Function):
@@ -241,13 +268,18 @@ class Direct(torch.autograd.Function):
 
 def _work(done: Pass, activation: Activation | None, dy: torch.Tensor, x: torch.Tensor) -> Work:
     """What was done, for the general way."""
-    mean, var = torch.empty(2, x.shape[1], dtype=torch.float64)
-    done.write(mean, var)
-    statistics = Moments(mean, var, done.count)
+    statistics = Moments(*_statistics(done, x.shape[1]), done.count)
     given = None if done.is_estimated else statistics
     work = Work(View(tuple(x.shape), (1,)), backend_now(dy), None, given, done.eps, activation, None)
     work.folded = statistics
     return work
+
+
+def _statistics(done: Pass, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of a pass."""
+    mean, var = _new_statistics(channels)
+    done.write(mean, var)
+    return mean, var
 
 
 # Autograd's own apply in C++: torch.autograd.Function.apply first looks for torch.func's transforms, which nobody has

@@ -1,25 +1,28 @@
 """Which backend computes: "auto" takes the fastest one there is for a tensor, a name takes that one or raises.
 
-The environment variable BATCHNORM_BACKEND ("auto", "cpu" or "reference") says so at start, `set_backend` later.
+The environment variable BATCHNORM_BACKEND ("auto", "cpu", "triton" or "reference") says so at start, `set_backend`
+later.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+from functools import cache
 from types import ModuleType
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Backend, Core
-from batchnorm.kernels.transforms import must_look_inside
+from batchnorm.kernels.contract import Affine, Backend, Core
+from batchnorm.kernels.transforms import has_plain_memory, must_look_inside
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
-BackendName = Literal["auto", "cpu", "reference"]
+BackendName = Literal["auto", "cpu", "triton", "reference"]
 
 try:
     from batchnorm.kernels import _cpu as core
@@ -41,18 +44,59 @@ def backend_for(x: torch.Tensor) -> Backend:
     """The backend for an input.
 
     Raises:
-        ArgumentError: the CPU backend was asked for by name and cannot take x.
+        ArgumentError: a backend was asked for by name and cannot take x.
     """
-    if _name == "reference" or _cpu is None:
+    if _name == "reference":
         return _reference
-    if cpu.can_take(x):
+    if _cpu is not None and _name != "triton" and cpu.can_take(x):
         return _cpu
-    if _name == "cpu":
+    if _name != "cpu" and (x.is_cuda or _name == "triton") and has_plain_memory(x):
+        backend = _triton_for(x.device)
+        if backend is not None:
+            return backend
+    if _name != "auto":
+        takes = "the CPU" if _name == "cpu" else "a GPU (of the CPU under TRITON_INTERPRET=1)"
         raise ArgumentError(
-            f"the CPU backend was chosen by name, but the input is {x.dtype} on {x.device} ({type(x).__name__}): "
-            'pass a plain float tensor on the CPU, or set_backend("auto").'
+            f"the {'CPU' if _name == 'cpu' else 'Triton'} backend was chosen by name, but the input is {x.dtype} on "
+            f'{x.device} ({type(x).__name__}): pass a plain float tensor on {takes}, or set_backend("auto").'
         )
     return _reference
+
+
+def _triton_for(device: torch.device) -> Backend | None:
+    """The Triton backend, where it can compute on the device."""
+    if device.type == "cuda":
+        return None if why_no_triton(device) else cast(Backend, importlib.import_module(_TRITON))
+    if device.type != "cpu" or _why_no_import():
+        return None
+    backend = importlib.import_module(_TRITON)
+    return cast(Backend, backend) if backend.IS_INTERPRETED else None
+
+
+_TRITON = "batchnorm.kernels.triton.backend"
+
+
+@cache
+def _why_no_import() -> str:
+    try:
+        importlib.import_module(_TRITON)  # imports Triton, which takes a while: not before it is needed
+    except ImportError as error:
+        return f"{error}: pip install triton"
+    return ""
+
+
+@cache
+def why_no_triton(device: torch.device) -> str:
+    """Why GPU kernels cannot run on the device; "" where they can. The first question compiles and runs one."""
+    if _why_no_import():
+        return _why_no_import()
+    backend = importlib.import_module(_TRITON)
+    values = torch.ones(2, 2, 1, device=device)
+    try:
+        backend.apply(values, Running(values[0, :, 0], values[0, :, 0]), Affine(None, None, 1.0, None))
+    except Exception as error:  # no compiler, an old GPU, a driver that does not fit: each in Triton's own words
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def backend_now(x: torch.Tensor) -> Backend:
@@ -72,6 +116,12 @@ def update_running(
 
     See `kernels.cpu.update_running`.
     """
+    mean = running.mean
+    if mean.is_cuda or _name == "triton":
+        if _name in ("auto", "triton") and has_plain_memory(mean) and not must_look_inside():
+            backend: Any = _triton_for(mean.device)
+            return None if backend is None else backend.update_running(running, tracked, batch, momentum)
+        return None
     if _cpu is None or _name == "reference":
         return None
     return cpu.update_running(running, tracked, batch, momentum)
@@ -82,9 +132,16 @@ def wide_stats(x: torch.Tensor) -> Moments | None:
 
     See `kernels.cpu.wide_stats`.
     """
-    if _cpu is None or _name == "reference" or torch.compiler.is_compiling():
+    if _cpu is None or _name in ("triton", "reference") or torch.compiler.is_compiling():
         return None
     return cpu.wide_stats(x)
+
+
+def has_kernels(device_type: str) -> bool:
+    """Whether tensors of a device of that type have kernels of their own; looks at no tensor, as compilers ask."""
+    if device_type == "cpu":
+        return _core is not None
+    return device_type == "cuda" and _name in ("auto", "triton") and importlib.util.find_spec("triton") is not None
 
 
 def set_backend(name: BackendName) -> None:
@@ -100,8 +157,10 @@ def set_backend(name: BackendName) -> None:
         raise ArgumentError(
             f"the CPU backend is not there ({_why_no_cpu}): install a C++17 compiler and install batchnorm again."
         )
+    if name == "triton" and _why_no_import():
+        raise ArgumentError(f"the Triton backend is not there: {_why_no_import()}.")
     _name = name
-    _core = None if name == "reference" or _cpu is None else core
+    _core = core if name in ("auto", "cpu") and _cpu is not None else None
 
 
 def cpu_core() -> Core:

@@ -1,6 +1,6 @@
 """Normalisation as functional operators of torch, for compilers: batchnorm::forward and batchnorm::backward.
 
-A compiler cannot look into the CPU core, and need not: it sees what goes in and comes out, shapes, dtypes and strides
+A compiler cannot look into the kernels, and need not: it sees what goes in and comes out, shapes, dtypes and strides
 included. Nothing is changed in place; running statistics are updated outside, by operations that the compiler sees.
 """
 
@@ -13,13 +13,13 @@ import torch
 from batchnorm.kernels.autograd import Work
 from batchnorm.kernels.checks import check_number
 from batchnorm.kernels.contract import ACTIVATION_CODES, Affine
-from batchnorm.kernels.dispatch import backend_for, core_in_use
+from batchnorm.kernels.dispatch import backend_for, core_in_use, has_kernels
+from batchnorm.kernels.transforms import KERNEL_DTYPES
 from batchnorm.kernels.view import View, reshaped
 from batchnorm.stats.moments import Moments
 
 _NAMES = tuple(ACTIVATION_CODES)
 _OPERANDS = "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? mask, "
-_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
 
 
 def can_serve(x: torch.Tensor) -> bool:
@@ -32,10 +32,9 @@ def can_serve(x: torch.Tensor) -> bool:
         # torch.compiler.is_exporting came with torch 2.7.
         and not getattr(torch.compiler, "is_exporting", lambda: False)()
         and not torch._C._are_functorch_transforms_active()
-        and x.device.type == "cpu"
-        and x.dtype in _DTYPES
+        and x.dtype in KERNEL_DTYPES
         and x.ndim >= 2
-        and core_in_use() is not None
+        and has_kernels(x.device.type)
     )
 
 
@@ -72,7 +71,7 @@ torch.library.define(
 _Optional = torch.Tensor | None
 
 
-@torch.library.impl("batchnorm::forward", "cpu")
+@torch.library.impl("batchnorm::forward", ("cpu", "cuda"))
 def _forward(
     x: torch.Tensor,
     weight: _Optional,
@@ -83,7 +82,7 @@ def _forward(
     activation: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     core, channels = core_in_use(), x.shape[1]
-    if core is not None and mask is None:
+    if core is not None and mask is None and x.is_cpu:
         mean, var = torch.empty(channels, dtype=torch.float64), torch.empty(channels, dtype=torch.float64)
         threads = torch.get_num_threads()
         found = core.train(x, weight, bias, residual, eps, activation, -1, threads, mean, var, None, None, None, 0.0)
@@ -113,7 +112,7 @@ def _(
     return torch.empty_like(x), mean, torch.empty_like(mean)
 
 
-@torch.library.impl("batchnorm::backward", "cpu")
+@torch.library.impl("batchnorm::backward", ("cpu", "cuda"))
 def _backward(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -128,7 +127,8 @@ def _backward(
     wanted: list[bool],
 ) -> tuple[torch.Tensor, ...]:
     work = Work(View(tuple(x.shape), (1,)), backend_for(x), mask, None, eps, _NAMES[activation], None)
-    count = x.numel() // max(x.shape[1], 1) if mask is None else int(mask.sum())
+    # A tensor: nobody shall wait for a GPU to read it.
+    count: Any = x.numel() // max(x.shape[1], 1) if mask is None else mask.sum().expand(x.shape[1])
     work.folded = Moments(mean, var, count)
     with torch.no_grad():
         grads = work.backward(dy, (x, weight, bias, residual), tuple(wanted))

@@ -16,6 +16,7 @@ from batchnorm.kernels.contract import Activation, Affine, BackwardSums, Gradien
 from batchnorm.stats.moments import Moments
 
 folds = False
+packs = False
 
 
 def forward(

@@ -24,3 +24,19 @@ def can_read(values: torch.Tensor) -> bool:
         and type(values) is torch.Tensor  # fake tensors have no numbers, even where no mode is on
         and torch._C._len_torch_dispatch_stack() == 0
     )
+
+
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+KERNEL_DTYPES = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+
+
+def has_plain_memory(x: torch.Tensor) -> bool:
+    """Whether a kernel may read the memory of x as it lies: a plain tensor, and nobody follows the operations."""
+    return bool(
+        x.dtype in KERNEL_DTYPES
+        and type(x) in PLAIN_TENSORS  # subclasses and fake tensors have meanings of their own
+        and torch._C._len_torch_dispatch_stack() == 0
+        and x.layout is torch.strided
+        and not x.is_neg()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # autograd.grad(is_grads_batched=True)
+    )

@@ -27,6 +27,21 @@ Figures: TypeAlias = "dict[str, tuple[Figure, str]]"
 
 
 @dataclass(frozen=True)
+class Reported:
+    """A number of the source's own, shown beside the measure here that asks the same question.
+
+    Attributes:
+        measure: Name of that measure.
+        value: In the measure's unit.
+        where: What it is of; two data sets and networks are never the same, and this says so.
+    """
+
+    measure: str
+    value: float
+    where: str
+
+
+@dataclass(frozen=True)
 class Card:
     """A claim in words.
 
@@ -40,6 +55,7 @@ class Card:
         caveat: What this experiment cannot say.
         threshold: From which numbers on it counts as shown, or as partly shown.
         tier: The tier that runs it.
+        reported: The source's numbers, where a measure here asks the same question.
     """
 
     name: str
@@ -51,6 +67,7 @@ class Card:
     caveat: str
     threshold: str
     tier: Tier = "quick"
+    reported: tuple[Reported, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,21 @@ class Compared:
     @property
     def agrees(self) -> bool:
         """Whether the verdicts are the same and the intervals of this measure overlap."""
+        return self.has_same_verdict and self.intervals_overlap
+
+    @property
+    def has_same_verdict(self) -> bool:
+        """Whether both studies give the claim the same verdict."""
+        return self.first.verdict == self.second.verdict
+
+    @property
+    def intervals_overlap(self) -> bool:
+        """Whether the intervals of this measure overlap; where one of them is not known nothing says otherwise."""
         ends = self.first.low, self.first.high, self.second.low, self.second.high
         if any(end is None for end in ends):
-            return self.first.verdict == self.second.verdict
+            return True
         low, high, other_low, other_high = (float(end) for end in ends if end is not None)
-        return self.first.verdict == self.second.verdict and low <= other_high and other_low <= high
+        return low <= other_high and other_low <= high
 
 
 @dataclass(frozen=True)
@@ -98,7 +108,7 @@ def compare(first: Path, second: Path) -> Comparison:
     Raises:
         ArgumentError: a folder holds no results, or those of another version.
     """
-    one, other = _claims(first), _claims(second)
+    one, other = (_claims(_results(folder)) for folder in (first, second))
     rows = []
     for name in (name for name in one if name in other):
         mine, theirs = one[name], other[name]
@@ -126,7 +136,69 @@ def _side(claim: Mapping[str, Any], measure: Mapping[str, Any]) -> Side:
     return Side(claim["verdict"], measure["mean"], measure["low"], measure["high"])
 
 
-def _claims(folder: Path) -> dict[str, dict[str, Any]]:
+def comparison_page(first: Path, second: Path) -> str:
+    """Two studies as one HTML page: verdicts, then claim by claim the figures and the measures of both.
+
+    Args:
+        first: output folder of a study with a report.
+        second: another one.
+
+    Returns:
+        An HTML document that asks for nothing outside itself.
+
+    Raises:
+        ArgumentError: a folder holds no results, or those of another version.
+    """
+    from batchnorm.lab.measured import measured
+    from batchnorm.reporting.figures import look, to_svg
+    from batchnorm.reporting.page import render
+
+    folders = first, second
+    names = first.resolve().name, second.resolve().name
+    if names[0] == names[1]:
+        names = str(first), str(second)
+    results = [_results(folder) for folder in folders]
+    one, other = (_claims(found) for found in results)
+    claims = []
+    for name in (name for name in one if name in other):
+        with look():
+            both = [
+                {"svg": to_svg(drawing, alt), "alt": alt}
+                for drawing, alt in measured((one[name], other[name]), names).values()
+            ]
+        pairs = [
+            {"of": study, "alt": figure["alt"], "svg": (folder / figure["file"]).read_text(encoding="utf-8")}
+            for file in _drawn(one[name], first)
+            if file in _drawn(other[name], second)
+            for folder, study, claim in zip(folders, names, (one[name], other[name]), strict=True)
+            for figure in claim["figures"]
+            if figure["file"] == file
+        ]
+        claims.append({"name": name, "title": one[name]["title"], "both": both, "pairs": pairs})
+    return render(
+        "compare.html",
+        found=compare(first, second),
+        names=names,
+        claims=claims,
+        environments=[
+            {"tier": found["study"]["tier"], "seeds": ", ".join(map(str, found["study"]["seeds"]))}
+            | found["environment"]
+            for found in results
+        ],
+    )
+
+
+def _drawn(claim: Mapping[str, Any], folder: Path) -> list[str]:
+    """The figures of a claim that are there, but for those of its measures, which one panel shows for both."""
+    files = [figure["file"] for figure in claim["figures"] if not figure["name"].startswith("measures_")]
+    return [file for file in files if (folder / file).is_file()]
+
+
+def _claims(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    return {claim["name"]: claim for claim in results["claims"]}
+
+
+def _results(folder: Path) -> dict[str, Any]:
     path = folder / RESULTS
     if not path.is_file():
         raise ArgumentError(
@@ -134,10 +206,10 @@ def _claims(folder: Path) -> dict[str, dict[str, Any]]:
             f"batchnorm study --report-only {folder}"
         )
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        schema, claims = results["schema"], results["claims"]
+        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema, _ = results["schema"], results["claims"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ArgumentError(f"{path} holds no results of a study ({type(error).__name__}: {error})") from error
     if schema != SCHEMA:
         raise ArgumentError(f"{path} has schema {schema}, expected {SCHEMA}; make it again with --report-only {folder}")
-    return {claim["name"]: claim for claim in claims}
+    return results

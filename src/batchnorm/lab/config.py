@@ -180,6 +180,19 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Watch:
+    """Where a run tells how far it is while it trains; see `batchnorm.lab.watching`.
+
+    Attributes:
+        folder: Folder on this machine for what the display shows; "" tells nothing.
+        tensorboard: Folder for TensorBoard's event files; "" writes none.
+    """
+
+    folder: str = ""
+    tensorboard: str = ""
+
+
+@dataclass(frozen=True)
 class Job:
     """Runs that one process trains: as one stack, if they differ in seed, rate and initial scale only, or in turn.
 
@@ -188,19 +201,21 @@ class Job:
         runs: What is trained.
         images: Folder of the stored images that "images" means; "" where there are none. No part of a run's key:
             records name the images by their hash.
+        watch: Where its runs tell how far they are; no part of a run's key either.
     """
 
     claim: str
     runs: tuple[Run, ...]
     images: str = ""
+    watch: Watch = Watch()
 
-    def given(self, images: str, factory: str) -> Job:
-        """The same job on these images, and with the user's network where it has one."""
+    def given(self, images: str, factory: str, watch: Watch | None = None) -> Job:
+        """The same job on these images, with the user's network where it has one, and watched."""
         runs = tuple(
             replace(run, network=replace(run.network, factory=factory)) if isinstance(run.network, OwnNetwork) else run
             for run in self.runs
         )
-        return replace(self, runs=runs, images=images)
+        return replace(self, runs=runs, images=images, watch=watch or self.watch)
 
 
 def even_steps(steps: int, every: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from batchnorm.lab.own import build_own
 from batchnorm.lab.pictures import load_images
 from batchnorm.lab.record import make_record, significant
 from batchnorm.lab.train import ORDER_STREAM, one_thread
+from batchnorm.lab.watching import Watcher
 
 _LARGEST_LOSS = 1e4
 """A network with a larger loss counts as diverged."""
@@ -65,7 +67,7 @@ def fit(job: Job, make_probe: MakeProbe | None = None) -> list[dict[str, Any]]:
         ArgumentError: a run describes something else than a network for images.
     """
     with one_thread():
-        return [_fit(run, job.images, make_probe) for run in job.runs]
+        return [_fit(run, job, make_probe) for run in job.runs]
 
 
 def image_shape(data: Dataset) -> tuple[int, int, int]:
@@ -139,15 +141,16 @@ def _pixels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _fit(run: Run, images: str, make_probe: MakeProbe | None) -> dict[str, Any]:
+def _fit(run: Run, job: Job, make_probe: MakeProbe | None) -> dict[str, Any]:
     started = time.perf_counter()
-    data, training = data_of(run, images), run.training
+    data, training = data_of(run, job.images), run.training
     assert isinstance(training, ImageTraining)
     network = network_of(run, data)
     torch.manual_seed(run.seed)  # dropout draws from the global generator
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     probe = None if make_probe is None else make_probe(run, data)
-    curves, diverged_at = _descend(run, training, network, data, probe)
+    with closing(Watcher(job.watch, (run,))) as watcher:
+        curves, diverged_at = _descend(run, training, network, data, probe, watcher)
     return make_record(
         run,
         curves=curves,
@@ -162,14 +165,11 @@ def _fit(run: Run, images: str, make_probe: MakeProbe | None) -> dict[str, Any]:
 
 
 def _descend(
-    run: Run, training: ImageTraining, network: nn.Module, data: Dataset, probe: ImageProbe | None
+    run: Run, training: ImageTraining, network: nn.Module, data: Dataset, probe: ImageProbe | None, watcher: Watcher
 ) -> tuple[dict[str, list[Any]], int | None]:
     optimizer = torch.optim.SGD(_groups(network, training.weight_decay), lr=run.rate)
     drawn = batches(data.train, size=training.batch_size, seed=run.seed, order=training.order)
-    curves: dict[str, list[Any]] = {
-        name: []
-        for name in ("step", "train_loss", "validation_loss", "validation_accuracy", "test_accuracy", "seconds")
-    }
+    curves: dict[str, list[Any]] = {name: [] for name in CURVES}
     summed, since, trained = 0.0, 0, 0.0
     diverged_at: int | None = None
     for step in range(training.steps + 1):
@@ -182,9 +182,11 @@ def _descend(
                     probe.evaluated(network, step)
             network.train()
             mean_loss = significant(summed / since) if since else None
-            row = (step, mean_loss, significant(loss), significant(accuracy), tested, significant(trained, 4))
-            for name, value in zip(curves, row, strict=True):
-                curves[name].append(value)
+            values = (step, mean_loss, significant(loss), significant(accuracy), tested, significant(trained, 4))
+            row = dict(zip(CURVES, values, strict=True))
+            for name, curve in curves.items():
+                curve.append(row[name])
+            watcher.evaluated(step, [{name: row[name] for name in CURVES[1:-1]}])
             summed, since = 0.0, 0
         if step == training.steps:
             break
@@ -208,6 +210,7 @@ def _descend(
         trained += time.perf_counter() - clock
         summed += value
         since += 1
+        watcher.stepped(step, value)
     return curves, diverged_at
 
 

@@ -26,8 +26,10 @@ _SCALE = np.float32(255)
 def load_images(folder: str, *, rows: int = 0, side: int = 0, inputs: Inputs = "unit") -> Dataset:
     """Images as (rows, channels, height, width), float32.
 
-    The training part of the source is shuffled once, by a fixed seed. Its last tenth, 2,000 images at most, is for
-    validation; training rows are the first ones of the rest. Two calls with other `rows` so share their validation.
+    Both parts of the source are shuffled once, by a fixed seed: folders and archives come class by class, and whoever
+    takes the first images of a part must get a fair sample. The last tenth of the training part, 2,000 images at most,
+    is for validation; training rows are the first ones of the rest. Two calls with other `rows` so share their
+    validation.
 
     Args:
         folder: where `datasets.stored.store` put them.
@@ -48,14 +50,18 @@ def load_images(folder: str, *, rows: int = 0, side: int = 0, inputs: Inputs = "
     there = len(order) - held_out
     if not 0 <= rows <= there:
         raise ArgumentError(f"expected {rows} training images or more, {images.source} has {there} beside validation")
-    chosen = np.sort(order[: rows or there]), np.sort(order[there:])
+    tested = np.random.default_rng(_SHUFFLE_SEED).permutation(len(images.test_y))
     parts = [
-        (_averaged(images.train_x[of], side, images), np.array(images.train_y[of], dtype=np.int64)) for of in chosen
+        (_averaged(x[of], side, images), np.array(y[of], dtype=np.int64))
+        for x, y, of in (
+            (images.train_x, images.train_y, order[: rows or there]),
+            (images.train_x, images.train_y, order[there:]),
+            (images.test_x, images.test_y, tested),
+        )
     ]
-    parts.append((_averaged(images.test_x, side, images), np.array(images.test_y, dtype=np.int64)))
     prepare = _preparation(parts[0][0], inputs)
     train, validation, test = (Split(prepare(x), y) for x, y in parts)
-    rule = f"shuffled once: {len(train.y)} train, {held_out} validation; {len(test.y)} test as the source has them" + (
+    rule = f"shuffled once: {len(train.y)} train, {held_out} validation; {len(test.y)} test as the source has it" + (
         f"; averaged down to {side}x{side}" if side else ""
     )
     return Dataset(_name(images), Path(images.source).name, rule, images.sha256, train, validation, test)

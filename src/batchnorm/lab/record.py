@@ -15,6 +15,9 @@ The first line of a file says that it is ours. Each session adds a line with wha
     commit     of the source, where it runs from a checkout; null elsewhere
     data       name and sha256 of the data set
 
+A job whose worker died again and again adds {"failed": {"claim", "keys", "reason"}}: its runs are trained anew in the
+next session, and until then their claim is not finished.
+
 A line that a break-off left incomplete can only be the last one; it is dropped, and its run is trained again.
 """
 
@@ -153,6 +156,17 @@ class RecordFile:
     def append(self, records: Iterable[Record]) -> None:
         """Add finished runs, in one write."""
         self._append([dict(record) for record in records])
+
+    def note_failure(self, claim: str, keys: Sequence[str], reason: str) -> None:
+        """Add that these runs of a claim could not be trained."""
+        self._append([{"failed": {"claim": claim, "keys": list(keys), "reason": reason}}])
+
+    def failures(self) -> dict[str, str]:
+        """Key of each run that could not be trained, and has not been since, and why."""
+        lines = self._lines()
+        finished = {line["key"] for line in lines if "key" in line}
+        failed = [line["failed"] for line in lines if "failed" in line]
+        return {key: one["reason"] for one in failed for key in one["keys"] if key not in finished}
 
     def records(self) -> list[dict[str, Any]]:
         """All finished runs, in the order in which they finished; the first where a key stands twice."""

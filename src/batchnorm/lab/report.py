@@ -7,10 +7,10 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from batchnorm.errors import ArgumentError
 from batchnorm.lab.claim import Card, Claim, Measure, Record, Verdict
@@ -18,9 +18,6 @@ from batchnorm.lab.claims import CLAIMS
 from batchnorm.lab.config import Data, Tier
 from batchnorm.lab.data import load
 from batchnorm.lab.record import RecordFile, Session
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SCHEMA = 1
 
@@ -90,7 +87,7 @@ def write_report(folder: Path) -> dict[str, Any]:
             f"expected a folder with the records of a study, but {str(folder)!r} holds none; "
             f"train first: batchnorm study --out {folder}"
         )
-    judged, unfinished = _collect(sessions, file.records())
+    judged, unfinished = _collect(sessions, file.records(), file.failures())
     with tempfile.TemporaryDirectory(prefix=".report-", dir=folder) as made:
         images = next((session.images for session in sessions if session.images is not None), None)
         results = _make(Path(made), sessions[-1], judged, unfinished, images)
@@ -98,11 +95,14 @@ def write_report(folder: Path) -> dict[str, Any]:
     return results
 
 
-def _collect(sessions: Sequence[Session], records: Iterable[Record]) -> tuple[list[Judged], list[Claim]]:
-    """The claims that are finished, and those that were asked for and are not; each as it was asked for last."""
+def _collect(
+    sessions: Sequence[Session], records: Iterable[Record], failures: Mapping[str, str]
+) -> tuple[list[Judged], list[str]]:
+    """The claims that are finished, and the titles of those that were asked for and are not, with what failed."""
     found = {record["key"]: record for record in records}
     asked = {name: session for session in sessions for name in session.claims}
-    judged, unfinished = [], []
+    judged: list[Judged] = []
+    unfinished: list[str] = []
     for claim in CLAIMS:
         session = asked.get(claim.CARD.name)
         if session is None:
@@ -112,7 +112,9 @@ def _collect(sessions: Sequence[Session], records: Iterable[Record]) -> tuple[li
         if all(key in found for key in keys):
             judged.append(judge(claim, [found[key] for key in keys]))
         else:
-            unfinished.append(claim)
+            failed = [key for key in keys if key in failures]
+            why = f" ({len(failed)} of its {len(keys)} runs failed; {failures[failed[0]]})" if failed else ""
+            unfinished.append(claim.CARD.title + why)
     return judged, unfinished
 
 
@@ -120,7 +122,7 @@ def _make(
     made: Path,
     session: Session,
     judged: Sequence[Judged],
-    unfinished: Sequence[Claim],
+    unfinished: Sequence[str],
     images: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     from batchnorm.reporting.page import render_study
@@ -128,9 +130,11 @@ def _make(
     drawings: dict[str, str] = {}
     claims = []
     for one in judged:
-        svgs, listed = _draw(made, one)
-        drawings |= svgs
-        claims.append(_entry(one, listed))
+        entry = _entry(one)
+        for listed, svg in _draw(made, one, entry):
+            entry["figures"].append(listed)
+            drawings[listed["file"]] = svg
+        claims.append(entry)
     environment = dict(session.environment)
     results: dict[str, Any] = {
         "schema": SCHEMA,
@@ -138,7 +142,7 @@ def _make(
             "tier": session.tier,
             "seeds": list(session.seeds),
             "version": environment["batchnorm"],
-            "unfinished": [claim.CARD.title for claim in unfinished],
+            "unfinished": list(unfinished),
         },
         "environment": environment,
         "data": _data(judged, images),
@@ -151,32 +155,32 @@ def _make(
     return results
 
 
-def _draw(made: Path, judged: Judged) -> tuple[dict[str, str], list[dict[str, str]]]:
-    """Write the figures of a claim; give them as SVG by file, and as results.json lists them."""
+def _draw(made: Path, judged: Judged, entry: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], str]]:
+    """Write the figures of a claim: its own, then its measures; each as results.json lists it, and as SVG."""
+    from batchnorm.lab.measured import measured
     from batchnorm.reporting.figures import look, to_pdf, to_png, to_svg
 
     (made / "figures").mkdir(exist_ok=True)
-    svgs, listed = {}, []
     with look():
-        figures: dict[str, tuple[Figure, str]] = judged.claim.figure(judged.records, judged.measures)
+        figures = judged.claim.figure(judged.records, judged.measures) | measured([entry])
         for name, (figure, alt) in figures.items():
             stem = f"figures/{judged.card.name}-{name}"
-            svgs[f"{stem}.svg"] = to_svg(figure, alt)
-            (made / f"{stem}.svg").write_text(svgs[f"{stem}.svg"], encoding="utf-8")
+            svg = to_svg(figure, alt)
+            (made / f"{stem}.svg").write_text(svg, encoding="utf-8")
             (made / f"{stem}.png").write_bytes(to_png(figure))
             (made / f"{stem}.pdf").write_bytes(to_pdf(figure))
-            listed.append({"name": name, "file": f"{stem}.svg", "alt": alt})
-    return svgs, listed
+            yield {"name": name, "file": f"{stem}.svg", "alt": alt}, svg
 
 
-def _entry(judged: Judged, figures: list[dict[str, str]]) -> dict[str, Any]:
+def _entry(judged: Judged) -> dict[str, Any]:
     return {
         **asdict(judged.card),
+        "reported": [asdict(one) for one in judged.card.reported],
         "verdict": judged.verdict.verdict,
         "reading": judged.verdict.reading,
         "headline": _measure(judged.verdict.headline),
         "measures": [_measure(measure) for measure in judged.measures],
-        "figures": figures,
+        "figures": [],
         "seeds": sorted({record["seed"] for record in judged.records}),
         "runs": len(judged.records),
         "seconds": round(judged.seconds, 2),

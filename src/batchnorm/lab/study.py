@@ -1,25 +1,29 @@
-"""Runs claims: their jobs on several processes, their records into the output folder, finished claims in order."""
+"""Runs claims: their jobs on an engine, their records into the output folder, finished claims in order."""
 
 from __future__ import annotations
 
-import signal
-import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from joblib import Parallel, delayed
-
 from batchnorm.errors import ArgumentError
 from batchnorm.lab.claim import Claim
 from batchnorm.lab.claims import CLAIMS
-from batchnorm.lab.config import Job, Tier
+from batchnorm.lab.config import Job, Run, Tier, Watch
 from batchnorm.lab.datasets.stored import opened
+from batchnorm.lab.engines import Engine, Here, Processes, Records
 from batchnorm.lab.pictures import image_card
 from batchnorm.lab.record import RecordFile, Session, environment
 from batchnorm.lab.report import Judged, judge
+from batchnorm.lab.watching import announced
+
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,15 @@ class Progress:
         claim: The claim.
         done: Runs that are recorded, those of earlier sessions included.
         total: All runs of the claim.
+        failed: Runs that were given up, as their workers died again and again.
+        seconds_left: For all claims together, estimated from the runs that are recorded; None before the first.
     """
 
     claim: Claim
     done: int
     total: int
+    failed: int = 0
+    seconds_left: float | None = None
 
 
 def run_study(
@@ -44,10 +52,12 @@ def run_study(
     seeds: Sequence[int] = (0, 1, 2),
     tier: Tier = "quick",
     workers: int = 2,
+    engine: Engine | None = None,
     images: Path | None = None,
     network: str = "",
+    watch: Watch | None = None,
     on_progress: Callable[[Progress], None] | None = None,
-) -> Iterator[Judged]:
+) -> Generator[Judged, None, None]:
     """Train what is not yet recorded, and give each claim with its verdict as soon as it and those before it are done.
 
     Records are written as each job ends: whoever breaks off (Ctrl-C raises KeyboardInterrupt here, closing the
@@ -60,8 +70,10 @@ def run_study(
         seeds: Seeds of the paired runs.
         tier: Size of the study.
         workers: Processes; 1 trains in this one. The numbers do not depend on it.
+        engine: Where the jobs are trained, instead of `workers` processes; it is left open.
         images: Folder of stored images, for claims that train on images; see `batchnorm.lab.datasets.stored`.
         network: package.module:factory of the user's network, for the claims of the tier "network".
+        watch: Where the runs tell how far they are while they train.
         on_progress: Called at the start for every claim, and after each job for the job's claim.
 
     Yields:
@@ -78,8 +90,8 @@ def run_study(
     names = tuple(claim.CARD.name for claim in claims)
     file.open(Session(tier, tuple(seeds), names, environment(), card, network))
     folder = "" if images is None else str(images)
-    asked = [_Asked(claim, [job.given(folder, network) for job in claim.jobs(seeds, tier)]) for claim in claims]
-    return _finished(file, asked, workers, on_progress)
+    asked = [_asked(claim, [job.given(folder, network, watch) for job in claim.jobs(seeds, tier)]) for claim in claims]
+    return _finished(file, asked, engine, workers, on_progress)
 
 
 def _refuse_other_images(file: RecordFile, card: Mapping[str, Any]) -> None:
@@ -95,77 +107,119 @@ def _refuse_other_images(file: RecordFile, card: Mapping[str, Any]) -> None:
 @dataclass(frozen=True)
 class _Asked:
     claim: Claim
-    jobs: list[Job]
+    jobs: dict[tuple[str, ...], Job]
+    """By the keys of their runs."""
+    runs: dict[str, Run]
 
-    @property
-    def keys(self) -> list[str]:
-        return [run.key for job in self.jobs for run in job.runs]
+
+def _asked(claim: Claim, jobs: Sequence[Job]) -> _Asked:
+    keyed = {tuple(run.key for run in job.runs): job for job in jobs}
+    return _Asked(
+        claim, keyed, {key: run for keys, job in keyed.items() for key, run in zip(keys, job.runs, strict=True)}
+    )
 
 
 def _finished(
-    file: RecordFile, asked: list[_Asked], workers: int, on_progress: Callable[[Progress], None] | None
-) -> Iterator[Judged]:
+    file: RecordFile,
+    asked: list[_Asked],
+    engine: Engine | None,
+    workers: int,
+    on_progress: Callable[[Progress], None] | None,
+) -> Generator[Judged, None, None]:
     found = {record["key"]: record for record in file.records()}
-    missing = [{key for key in one.keys if key not in found} for one in asked]
+    missing = [{key for key in one.runs if key not in found} for one in asked]
+    failed: list[set[str]] = [set() for _ in asked]
+    tasks = [
+        (number, keys)
+        for number, one in enumerate(asked)
+        for keys in one.jobs
+        if any(key in missing[number] for key in keys)
+    ]
+    used = engine
+    if used is None:
+        used = Processes(workers) if workers > 1 and len(tasks) > 1 else Here()
+    width = used.width
 
     def tell(number: int) -> None:
         if on_progress is not None:
-            total = len(asked[number].keys)
-            on_progress(Progress(asked[number].claim, total - len(missing[number]), total))
+            total, lost = len(asked[number].runs), len(failed[number])
+            waiting = [one.runs[key] for one, keys in zip(asked, missing, strict=True) for key in keys]
+            left = _seconds_left(waiting, found, width)
+            claim = asked[number].claim
+            on_progress(Progress(claim, total - len(missing[number]) - lost, total, lost, left))
 
     for number in range(len(asked)):
         tell(number)
-    tasks = [
-        (number, job)
-        for number, one in enumerate(asked)
-        for job in one.jobs
-        if any(run.key in missing[number] for run in job.runs)
-    ]
     following = 0
-    with closing(_trained(asked, tasks, workers)) as trained:
+    with closing(used if engine is None else Here()), closing(_trained(asked, tasks, used)) as trained:
         while following < len(asked):
             if not missing[following]:
-                yield judge(asked[following].claim, [found[key] for key in asked[following].keys])
+                if not failed[following]:
+                    yield judge(asked[following].claim, [found[key] for key in asked[following].runs])
                 following += 1
                 continue
             number, records = next(trained)
-            new = [record for record in records if record["key"] in missing[number]]
-            file.append(new)
-            found |= {record["key"]: record for record in new}
-            missing[number] -= {record["key"] for record in new}
+            if isinstance(records, _Lost):
+                keys = [key for key in records.keys if key in missing[number]]
+                file.note_failure(asked[number].claim.CARD.name, keys, records.reason)
+                failed[number] |= set(keys)
+            else:
+                new = [record for record in records if record["key"] in missing[number]]
+                file.append(new)
+                found |= {record["key"]: record for record in new}
+                keys = [record["key"] for record in new]
+            missing[number] -= set(keys)
             tell(number)
 
 
+@dataclass(frozen=True)
+class _Lost:
+    keys: tuple[str, ...]
+    reason: str
+
+
 def _trained(
-    asked: list[_Asked], tasks: list[tuple[int, Job]], workers: int
-) -> Generator[tuple[int, list[dict[str, Any]]], None, None]:
-    """(number of the claim, records) of each task, in the order in which they end."""
-    if workers == 1 or len(tasks) <= 1:
-        for number, job in tasks:
-            yield number, asked[number].claim.run(job)
-        return
-    parallel = Parallel(
-        n_jobs=workers,
-        return_as="generator_unordered",
-        batch_size=1,
-        pre_dispatch="2*n_jobs",  # so that early claims are finished first
-        # Ctrl-C reaches every process of a terminal; the workers leave it to this one, and print no tracebacks.
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-    )
-    results = parallel(delayed(_work)(asked[number].claim.run, number, job) for number, job in tasks)
+    asked: list[_Asked], tasks: list[tuple[int, tuple[str, ...]]], engine: Engine
+) -> Generator[tuple[int, Records | _Lost], None, None]:
+    """(number of the claim, records) of each task, in the order in which they end; a task that was lost comes so."""
+    waiting = deque((number, keys, 1) for number, keys in tasks)
+    running: dict[Future[Records], tuple[int, tuple[str, ...], int]] = {}
     try:
-        # Not "yield from", which would close `results` before the filter below stands.
-        for result in results:  # noqa: UP028
-            yield result
+        while waiting or running:
+            while waiting and len(running) < max(engine.width, 1):
+                number, keys, tries = waiting.popleft()
+                running[engine.submit(_work, asked[number].claim.run, asked[number].jobs[keys])] = number, keys, tries
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                number, keys, tries = running.pop(future)
+                error = future.exception()
+                if error is None or not engine.is_lost(error):
+                    yield number, future.result()
+                elif tries < engine.tries:
+                    waiting.appendleft((number, keys, tries + 1))
+                else:
+                    reason = f"its worker died, {tries} times: {error}" if tries > 1 else f"its workers died: {error}"
+                    yield number, _Lost(keys, " ".join(reason.split()))
     finally:
-        with warnings.catch_warnings():
-            # Whoever breaks off knows that jobs were cancelled.
-            warnings.simplefilter("ignore", UserWarning)
-            results.close()
+        for future in running:
+            future.cancel()
 
 
-def _work(run: Callable[[Job], list[dict[str, Any]]], number: int, job: Job) -> tuple[int, list[dict[str, Any]]]:
-    # Ctrl-C reaches the workers too; the study ends them, and they have nothing to say about it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return number, run(job)
+def _work(run: Callable[[Job], Records], job: Job) -> Records:
+    # Threads and torch's generator are of the process, and a worker of a cluster may have several threads.
+    with _ALONE, announced(job):
+        return run(job)
+
+
+def _seconds_left(waiting: Sequence[Run], found: Mapping[str, Mapping[str, Any]], width: int) -> float | None:
+    """From the mean time of a run of the same claim; for claims without one, from that of a step of any."""
+    if not found:
+        return None
+    times: dict[str, list[float]] = {}
+    steps = 0
+    for record in found.values():
+        times.setdefault(record["claim"], []).append(record["seconds"])
+        steps += record["config"]["training"]["steps"] + 1
+    of_claim = {claim: math.fsum(of) / len(of) for claim, of in times.items()}
+    of_step = math.fsum(math.fsum(of) for of in times.values()) / steps
+    left = math.fsum(of_claim.get(run.claim, of_step * (run.training.steps + 1)) for run in waiting)
+    return left / max(width, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from batchnorm.lab.data import Dataset, Split, load
 from batchnorm.lab.models import Stack
 from batchnorm.lab.pictures import load_images
 from batchnorm.lab.record import make_record, significant
+from batchnorm.lab.watching import Watcher
 
 _LARGEST_WEIGHT = 1e6
 """A network with a larger weight counts as diverged. It is far beyond anything that trains, and still so small that no
@@ -67,7 +68,8 @@ def train(job: Job, probe: Probe | None = None) -> list[dict[str, Any]]:
             inputs=data.train.x.shape[1],
             classes=data.classes,
         )
-        curves, diverged_at = _descend(job, stack, data, probe)
+        with closing(Watcher(job.watch, job.runs)) as watcher:
+            curves, diverged_at = _descend(job, stack, data, probe, watcher)
     seconds = (time.perf_counter() - started) / len(job.runs)
     seen: Sequence[Mapping[str, Any]] = probe.values() if probe is not None else [{}] * len(job.runs)
     return [
@@ -98,7 +100,7 @@ def features_of(job: Job) -> Dataset:
 
 
 def _descend(
-    job: Job, stack: Stack, data: Dataset, probe: Probe | None
+    job: Job, stack: Stack, data: Dataset, probe: Probe | None, watcher: Watcher
 ) -> tuple[dict[str, list[list[float]]], list[int | None]]:
     training, count = job.runs[0].training, stack.count
     batches = _batches(data.train, [run.seed for run in job.runs], training.batch_size)
@@ -120,6 +122,7 @@ def _descend(
                 if probe is not None:
                     probe(stack, step)
             stack.train()
+            watcher.evaluated(step, [{name: curves[name][-1][k] for name in names[:-1]} for k in range(count)])
             curves["seconds"].append([significant(trained / count, 4)] * count)
             summed, since = torch.zeros(count), 0
         if step == training.steps:
@@ -133,6 +136,7 @@ def _descend(
         for k in _step(parameters, rates):
             diverged_at[k] = step + 1
         trained += time.perf_counter() - clock
+        watcher.stepped(step, losses.detach())
     return curves, diverged_at
 
 

@@ -185,8 +185,9 @@ def _share_again(layer: torch.nn.Module, _: Any) -> None:
 
 
 def _check_names(domains: Sequence[str]) -> None:
-    if isinstance(domains, str) or not domains or len(set(domains)) != len(domains):
-        raise ArgumentError(f"domains must be at least one name and none twice, got {domains!r}.")
+    is_list = isinstance(domains, Sequence) and not isinstance(domains, str)
+    if not is_list or not domains or len(set(domains)) != len(domains):
+        raise ArgumentError(f"domains must be a list of at least one name and none twice, got {domains!r}.")
     for name in domains:
         if not isinstance(name, str) or not name or "." in name or hasattr(torch.nn.ModuleDict, name):
             raise ArgumentError(f"a domain's name must be a plain word that torch.nn.ModuleDict takes, got {name!r}.")

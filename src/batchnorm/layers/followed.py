@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Proxy
 
@@ -52,7 +53,9 @@ class Followed:
             raise ArgumentError("out goes with layers that have no modules behind them; leave it out here.")
         if isinstance(input, Proxy):
             return as_one_node(self, input, residual, mask)
-        y: Tensor = super().forward(input, residual, mask=mask)  # type: ignore[misc]
+        return self._followed(super().forward(input, residual, mask=mask))  # type: ignore[misc]
+
+    def _followed(self, y: Tensor) -> Tensor:
         for name in BEHIND:
             module = self._modules.get(name)
             if module is not None:
@@ -84,6 +87,14 @@ class FollowedFrozenBatchNorm(Followed, FrozenBatchNorm):
     """FrozenBatchNorm with modules behind it."""
 
 
+class FollowedGroupNorm(Followed, torch.nn.GroupNorm):
+    """torch.nn.GroupNorm with modules behind it."""
+
+    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+        """What `act` makes of the normalised input, (N, C, ...)."""
+        return self._followed(torch.nn.GroupNorm.forward(self, input))
+
+
 FOLLOWED: dict[type, type] = {
     BatchNorm2d: FollowedBatchNorm2d,
     SyncBatchNorm: FollowedSyncBatchNorm,
@@ -91,5 +102,6 @@ FOLLOWED: dict[type, type] = {
     BatchRenorm: FollowedBatchRenorm,
     DecorrelatedBatchNorm: FollowedDecorrelatedBatchNorm,
     FrozenBatchNorm: FollowedFrozenBatchNorm,
+    torch.nn.GroupNorm: FollowedGroupNorm,
 }
 """A layer's class -> the same with modules behind it."""

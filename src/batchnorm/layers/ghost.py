@@ -40,7 +40,7 @@ class GhostBatchNorm(BatchNorm):
         channel_axis: the axis of the channels, or a tuple of axes.
 
     Raises:
-        ArgumentError: ghost_size is below 1.
+        ArgumentError: ghost_size is no int or below 1.
         ShapeError: (forward) a ghost has one value a channel; names the sizes.
 
     Example:
@@ -67,8 +67,8 @@ class GhostBatchNorm(BatchNorm):
         activation: Activation | None = None,
         channel_axis: int | tuple[int, ...] = 1,
     ) -> None:
-        if ghost_size < 1:
-            raise ArgumentError(f"ghost_size must be at least 1 example, got {ghost_size}.")
+        if not isinstance(ghost_size, int) or ghost_size < 1:
+            raise ArgumentError(f"ghost_size must be an int of at least 1 example, got {ghost_size!r}.")
         super().__init__(
             num_features,
             eps,

@@ -53,6 +53,8 @@ def chosen_of(found: dict[str, _Module], layers: Layers) -> dict[str, _Module]:
     """
     if layers is None:
         return found
+    if not isinstance(layers, Iterable | torch.nn.Module):
+        raise ArgumentError(f"layers must be names or modules, or None for all; got {layers!r}.")
     chosen: set[str] = set()
     for one in [layers] if isinstance(layers, str | torch.nn.Module) else layers:
         meant = _names(one, found)

@@ -43,8 +43,15 @@ def input_moments(layer: BatchNormalization, args: Sequence[Any], kwargs: Mappin
         check_channels(layer, x)
         return layer.moments(x, kwargs.get("mask"))
     axis = getattr(layer, "channel_axis", 1)
-    if axis == 1 and x.ndim < 2:
-        raise ShapeError(f"{layer!r} got an input of shape {tuple(x.shape)}: expected (N, C, ...).")
+    mask = kwargs.get("mask")
+    if axis == 1:
+        if x.ndim < 2:
+            raise ShapeError(f"{layer!r} got an input of shape {tuple(x.shape)}: expected (N, C, ...).")
+        running_mean = layer._buffers["running_mean"]
+        if mask is None and (running_mean is None or len(running_mean) == x.shape[1]):
+            whole = wide_stats(x)  # of the input as it is: small batches are done before a view of them is made
+            if whole is not None:
+                return whole
     view = View.of(x, axis)
     expected = view.channels if layer.running_mean is None else tuple(layer.running_mean.shape)
     if view.channels != expected:
@@ -52,7 +59,6 @@ def input_moments(layer: BatchNormalization, args: Sequence[Any], kwargs: Mappin
             f"{layer!r} keeps statistics of shape {expected} and got {view.channels} channels "
             f"(input of shape {tuple(x.shape)})."
         )
-    mask = kwargs.get("mask")
     whole = _in_parts(view.fold(x.detach()), None if mask is None else view.fold_mask(mask))
     if len(expected) == 1:
         return whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import TypeAlias, cast
 
@@ -152,6 +152,9 @@ def _at(schedule: Schedule, steps: Tensor) -> Tensor:
 
 
 def _check(name: str, schedule: Schedule, least: float) -> None:
+    pairs = list(schedule) if isinstance(schedule, Iterable) else [None]
+    if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+        raise ArgumentError(f"{name} must be (step, value) pairs, got {schedule!r}; a constant is [(0, value)].")
     steps = [step for step, _ in schedule]
     if not steps or any(later <= earlier for earlier, later in pairwise(steps)):
         raise ArgumentError(f"{name} must be (step, value) pairs with ascending steps, got {schedule!r}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -84,18 +85,8 @@ class SyncBatchNorm(BatchNorm):
         self.process_group = process_group
 
     def _by_batch(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Moments]:
-        y, moments = self._normalise(input, residual, mask, ranks=self._ranks())
+        y, moments = self._normalise(input, residual, mask, ranks=ranks_of(self))
         return y, cast(Moments, moments)
-
-    def _ranks(self) -> Ranks | None:
-        if not (self.training and dist.is_available() and dist.is_initialized()):
-            return None
-        group = dist.group.WORLD if self.process_group is None else self.process_group
-        return Ranks(group, self._describe) if dist.get_world_size(group) > 1 else None
-
-    def _describe(self) -> str:
-        path = _path_of(self)
-        return f"{path} = {self!r}" if path else repr(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         memo[id(self.process_group)] = self.process_group  # a connection: it cannot be copied, and need not be
@@ -111,6 +102,19 @@ class SyncBatchNorm(BatchNorm):
                 "save its state_dict(), or set layer.process_group = None before and make a group after loading."
             )
         return self.__dict__
+
+
+def ranks_of(layer: SyncBatchNorm | torch.nn.SyncBatchNorm) -> Ranks | None:
+    """The ranks that share the statistics of a batch that goes through the layer now; None where it is on its own."""
+    if not (layer.training and dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if layer.process_group is None else layer.process_group
+    return Ranks(group, partial(_describe, layer)) if dist.get_world_size(group) > 1 else None
+
+
+def _describe(layer: torch.nn.Module) -> str:
+    path = _path_of(layer)
+    return f"{path} = {layer!r}" if path else repr(layer)
 
 
 def _path_of(module: torch.nn.Module) -> str:

@@ -17,6 +17,7 @@ from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
 from batchnorm.layers.inventory import BatchNormalization, has_statistics, select
 from batchnorm.layers.observe import input_moments
 from batchnorm.layers.stage import Stage, staged_moments, take
+from batchnorm.layers.sync import ranks_of
 from batchnorm.stats.grouped import GroupMoments
 
 
@@ -64,14 +65,15 @@ def transaction(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None 
     batch; only the statistics of inference become its.
 
     Args:
-        model: with batch normalization layers, torch.nn's (not its SyncBatchNorm) or ours.
+        model: with batch normalization layers, torch.nn's or ours. torch.nn.SyncBatchNorm takes one more collective
+            operation for each batch inside, as it tells nobody the statistics that it has shared.
         optimizer: commit only if its step() happened inside. None commits at the end.
 
     Yields:
         The Transaction.
 
     Raises:
-        ArgumentError: model has no batch normalization layers, optimizer is none, or a layer cannot wait.
+        ArgumentError: model has no batch normalization layers, or optimizer is none.
         BatchNormError: a layer of the model is in an open transaction already.
 
     Example:
@@ -93,8 +95,6 @@ def transaction(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None 
                 raise BatchNormError(f"{name} is in an open transaction already: end that one first.")
             if not has_statistics(layer):
                 continue
-            if isinstance(layer, torch.nn.SyncBatchNorm):
-                raise ArgumentError(f"{name}: torch.nn.SyncBatchNorm cannot wait; batchnorm.SyncBatchNorm can.")
             if isinstance(layer, BatchNorm | DecorrelatedBatchNorm):
                 stage = layer._new_stage()
                 put_back.callback(setattr, layer, "_stage", None)
@@ -118,8 +118,14 @@ def transaction(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None 
 
 def _stage_input(stage: Stage, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook for torch.nn's layers, which have no method in which their state changes."""
-    if layer.training and not is_recomputed():
-        take(stage, input_moments(layer, args, kwargs))
+    if not layer.training or is_recomputed():
+        return
+    batch = input_moments(layer, args, kwargs)
+    ranks = ranks_of(layer) if isinstance(layer, torch.nn.SyncBatchNorm) else None
+    if ranks is not None:
+        with torch.no_grad():
+            batch = ranks.merge(batch)
+    take(stage, batch)
 
 
 def _is_staged_by_hook(layer: torch.nn.Module) -> bool:

@@ -32,7 +32,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decays_biases: bo
         normalization layer shares with another layer is in the second.
 
     Raises:
-        ArgumentError: model is no module, or weight_decay is negative.
+        ArgumentError: model is no module, or weight_decay is no number of at least 0.
 
     Source: Goyal et al. 2017 (arXiv 1706.02677), section 5.3; He et al. 2019 (arXiv 1812.01187), section 3.1.
 
@@ -44,8 +44,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decays_biases: bo
     """
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if not weight_decay >= 0:
-        raise ArgumentError(f"weight_decay must be at least 0, got {weight_decay}.")
+    if not isinstance(weight_decay, int | float) or not weight_decay >= 0:
+        raise ArgumentError(f"weight_decay must be a number of at least 0, got {weight_decay!r}.")
     kept: dict[int, torch.Tensor] = {}
     for module in model.modules():
         if isinstance(module, (_NormBase, DecorrelatedBatchNorm, *_NORMALIZATIONS)):

@@ -104,7 +104,7 @@ def recalibrate(
         (6.0, 34.6667)
     """
     start = time.perf_counter()
-    _check(estimator, reading, max_batches, memory, batches)
+    _check(estimator, reading, max_batches, forward, memory, batches)
     ranks = number_of_ranks(group)
     chosen, skipped = choose(model, layers)
     source = Source(batches, max_batches, is_repeated=reading == "sequential")
@@ -261,13 +261,17 @@ _ESTIMATORS: dict[Estimator, Callable[[list[Moments], BatchNormalization], Runni
 }
 
 
-def _check(estimator: str, reading: str, max_batches: int | None, memory: int | None, batches: object) -> None:
+def _check(
+    estimator: str, reading: str, max_batches: int | None, forward: object, memory: int | None, batches: object
+) -> None:
     if estimator not in get_args(Estimator):
         raise ArgumentError(f"estimator must be one of {', '.join(get_args(Estimator))}; got {estimator!r}.")
     if reading not in get_args(Reading):
         raise ArgumentError(f"reading must be one of {', '.join(get_args(Reading))}; got {reading!r}.")
     if max_batches is not None and (not isinstance(max_batches, int) or max_batches < 1):
         raise ArgumentError(f"max_batches must be an int of at least 1, or None for all; got {max_batches!r}.")
+    if not (forward is None or callable(forward)):
+        raise ArgumentError(f"forward must be forward(model, batch) or None, got {type(forward).__name__}.")
     if memory is not None and (not isinstance(memory, int) or memory < 0):
         raise ArgumentError(
             f"memory must be an int of bytes, at least 0, or None for half of what is free; got {memory!r}."

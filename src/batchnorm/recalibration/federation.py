@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -106,6 +106,8 @@ def _is_tracked(state: Mapping[str, Any], layer: str) -> bool:
 
 
 def _check_counts(counts: Counts, clients: int) -> None:
+    if not isinstance(counts, Collection):
+        raise ArgumentError(f"counts must be a list, with one entry for each state_dict; got {counts!r}.")
     if len(counts) != clients:
         raise ArgumentError(f"counts must have one entry for each state_dict, {clients}; got {len(counts)}.")
 

@@ -1,103 +1,90 @@
-"""A forward that can be held in the middle: it runs in a thread of its own, never beside another one."""
+"""A forward that can be held in the middle: a greenlet, which keeps its stack while others run in the same thread."""
 
 from __future__ import annotations
 
 import contextvars
-import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
 
 import torch
-
-
-class _Dropped(BaseException):
-    """Ends a forward that is not wanted any more; no Exception, so that no model catches it."""
+from greenlet import GreenletExit, getcurrent, greenlet
 
 
 class Held:
     """One forward, from stop to stop; what it has computed so far stays alive in between.
 
-    Whoever calls `resume` waits until the forward stops again or ends: of the caller and all the forwards that he holds
-    only one runs at any time. What torch keeps for each thread (autocast, device, stream) is the caller's.
+    Whoever made it calls `resume`, and goes on when the forward stops again or ends. All of it runs in one thread, so
+    that the memory and the workers behind torch's operations are those of a plain forward; of what torch keeps for a
+    thread, autocast and whether gradients are recorded are each forward's own, as context variables are.
 
     Args:
         forward: runs the model; somewhere inside it may call `stop`.
+
+    Attributes:
+        has_left_modes: whether, at its last stop, another mode of torch was on, which all the others would see.
     """
 
     def __init__(self, forward: Callable[[], object]) -> None:
-        self.has_ended = False
-        self._forward = forward
-        self._error: BaseException | None = None
+        self.has_left_modes = False
+        self._coroutine = greenlet(forward)
+        self._coroutine.gr_context = contextvars.copy_context()
+        self._outside = _Modes.now()
+        self._inside = self._outside
         self._is_dropped = False
-        self._turn, self._answer = threading.Semaphore(0), threading.Semaphore(0)
-        self._settings = _Settings()
-        context = contextvars.copy_context()
-        # A daemon: should a forward hang after Ctrl-C, the process still ends.
-        self._thread = threading.Thread(target=context.run, args=(self._run,), name="recalibrate", daemon=True)
-        self._thread.start()
 
     def resume(self) -> None:
         """Runs to the next stop, or to the end; raises what the forward raises."""
-        self._turn.release()
-        self._answer.acquire()
-        if self._error is not None:
-            raise self._error
+        self._in_its_modes(self._coroutine.switch)
 
     def stop(self) -> None:
         """Within the forward: gives the turn back until `resume` or `drop`."""
-        if self._is_dropped:  # while it ran
-            raise _Dropped
-        self._answer.release()
-        self._turn.acquire()
-        if self._is_dropped:
-            raise _Dropped
+        if self._is_dropped:  # and somebody has caught that
+            raise GreenletExit
+        self._coroutine.parent.switch()
+
+    def is_running(self) -> bool:
+        """Whether the caller is the forward itself, and no thread that it has started."""
+        return getcurrent() is self._coroutine
 
     def drop(self) -> None:
-        """Ends it where it stands; waits for its next stop if it runs, as it does after an interrupt of the caller."""
+        """Ends it where it stands."""
         self._is_dropped = True
-        self._turn.release()
-        self._thread.join()
+        self._in_its_modes(partial(self._coroutine.throw, GreenletExit))
 
-    def _run(self) -> None:
-        self._turn.acquire()
+    def _in_its_modes(self, switch: Callable[[], object]) -> None:
+        if self._inside != self._outside:
+            self._inside.set()
         try:
-            if not self._is_dropped:
-                with self._settings.applied():
-                    self._forward()
-        except _Dropped:
-            pass
-        except BaseException as error:
-            self._error = error
-        self.has_ended = True
-        self._answer.release()
+            switch()
+        finally:
+            self._inside = _Modes.now()
+            if self._inside != self._outside:
+                self._outside.set()
+                self.has_left_modes = _Modes.now() != self._outside
 
 
-def can_hold() -> bool:
-    """Whether a forward in another thread is what it would be here: no mode is on that only this thread knows."""
-    return not (
-        torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.is_inference_mode_enabled()
-    )
+class _Modes(NamedTuple):
+    """What torch keeps for each thread."""
 
+    records_gradients: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    others: tuple[object, ...]
+    """Signs of inference mode, transforms, overrides and streams."""
 
-class _Settings:
-    """What torch keeps for each thread, as it is in this one."""
+    @staticmethod
+    def now() -> _Modes:
+        accelerator = torch.accelerator.current_accelerator()
+        kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
+        autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
+        keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+        stacks = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        return _Modes(torch.is_grad_enabled(), autocast, (*(key.raw_repr() for key in keys), *stacks, stream))
 
-    def __init__(self) -> None:
-        types = {"cpu", *([] if (found := torch.accelerator.current_accelerator()) is None else [found.type])}
-        self._autocast = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in types]
-        self._is_cached = torch.is_autocast_cache_enabled()
-        self._stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
-
-    def applied(self) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        for kind, dtype, is_enabled in self._autocast:
-            if is_enabled:
-                stack.enter_context(torch.autocast(kind, dtype, cache_enabled=self._is_cached))
-        if self._stream is not None:
-            stack.enter_context(torch.cuda.device(self._stream.device))
-            stack.enter_context(torch.cuda.stream(self._stream))
-        return stack
+    def set(self) -> None:
+        """Switches to these; the others are left as they are."""
+        torch._C._set_grad_enabled(self.records_gradients)
+        for kind, is_enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, is_enabled)
+            torch.set_autocast_dtype(kind, dtype)

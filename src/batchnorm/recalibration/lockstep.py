@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 
+from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
 from batchnorm.layers.inventory import BatchNormalization
 from batchnorm.layers.observe import input_moments, input_of
 from batchnorm.recalibration.collection import Call, Collected, Forward, Seen, merged
-from batchnorm.recalibration.held import Held, can_hold
+from batchnorm.recalibration.held import Held
 from batchnorm.recalibration.memory import free_bytes
 from batchnorm.recalibration.statefulness import Watch
+from batchnorm.stats.moments import Moments
 
 END: Call = ("the end of the forward", 0)
 DECLINED: Call = ("declined", 0)
@@ -25,7 +27,10 @@ _LIVE = 4
 """Memory of a waiting forward, in units of its largest input to a layer: residuals, inputs of enclosing modules."""
 _SHARE = 0.5
 """Of the free memory that may be used where no limit is given."""
-_MOST_THREADS = 2048
+_SMALL = 64 << 10
+"""Bytes of a layer's input: small ones are gone through together, as a call for each would cost more than the sums."""
+_LITTLE = 64 << 20
+"""Bytes that are always there: looking how much memory is free takes a millisecond."""
 
 
 class Lockstep:
@@ -55,6 +60,7 @@ class Lockstep:
     ) -> None:
         self.why: str | None = None
         self.batches = 0
+        self._kept = 0  # bytes, estimated
         self._model, self._layers, self._forward = model, layers, forward
         self._limit = limit
         self._merges = merges
@@ -105,14 +111,23 @@ class Lockstep:
         call = next(iter(calls), None)
         if call in (None, END):
             return Collected(self.batches, [] if call is None else [END], set(), {})
-        seen = [one.seen for one in sorted(self._waiting, key=lambda one: one.number) if one.seen is not None]
-        return Collected(self.batches, [call], set(), {call: merged(seen) if self._merges else seen})
+        return Collected(self.batches, [call], set(), {call: self._seen(self._layers[call[0]])})
+
+    def _seen(self, layer: BatchNormalization) -> list[Seen]:
+        """What enters the layer in front of which all of them wait."""
+        inputs = [one.small for one in self._waiting if one.small is not None]
+        if len(inputs) == len(self._waiting) and len({(x.shape[1:], x.dtype) for x in inputs}) == 1:
+            return [Seen(self.batches, 0, 0, input_moments(layer, (torch.cat(inputs),), {}), merged=len(inputs))]
+        waiting = sorted(self._waiting, key=lambda one: one.number)
+        seen = [
+            Seen(one.number, 0, 0, one.moments if one.small is None else input_moments(layer, (one.small,), {}))
+            for one in waiting
+        ]
+        return merged(seen) if self._merges else seen
 
     def _obstacle(self) -> str | None:
         if self._limit == 0:
             return "memory=0"
-        if not can_hold():
-            return "a mode of torch is on that other threads do not know"
         if any(type(module).__module__.startswith("torch.distributed") for module in self._model.modules()):
             return "its parameters are spread over the ranks"
         return None
@@ -131,36 +146,54 @@ class Lockstep:
         self._running = waiting
         if waiting.number == 1:
             self._watch.begin()
-        waiting.seen, waiting.call = None, END
+        waiting.small, waiting.call = None, END
         waiting.held.resume()
-        if waiting.number == 1 and self._watch.has_changed():
+        if waiting.held.has_left_modes:
+            self.why = "a mode of torch is switched on during a forward"
+            waiting.held.drop()  # before anything else runs in that mode
+        elif waiting.number == 1 and self._watch.has_changed():
             self.why = "the model keeps something in its modules during a forward"
         elif waiting.device is not None:
             self._check_room(waiting.device)
 
     def _check_room(self, device: torch.device) -> None:
-        kept = _LIVE * sum(one.most_bytes for one in self._waiting)
         if self._limit is None:
+            if self._kept <= _LITTLE:
+                return
             self._limit = int(_SHARE * free_bytes(device))
-        threads = torch.get_num_threads() if device.type == "cpu" else 1
-        if kept > self._limit:
+        if self._kept > self._limit:
             self.why = (
                 f"the activations of all batches take more than the {self._limit / 2**30:.1f} GB there are for them"
             )
-        elif len(self._waiting) * threads > _MOST_THREADS:
-            self.why = f"more than {_MOST_THREADS} threads would wait"
 
     def _before(self, name: str, layer: BatchNormalization, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         waiting = self._running
         assert waiting is not None
+        if not waiting.held.is_running():
+            self.why = "a forward goes through a layer in a thread of its own"
+        if self.why is not None:
+            return
         x = input_of(args, kwargs)
         number = waiting.counts[name]
         waiting.counts[name] += 1
         waiting.call = name, number
-        waiting.seen = Seen(waiting.number, 0, number, input_moments(layer, args, kwargs))
+        if self._merges and x.nbytes <= _SMALL and x.ndim > 1 and _is_plain(layer, kwargs):
+            waiting.small = x
+        else:
+            waiting.moments = input_moments(layer, args, kwargs)
+        self._kept += _LIVE * max(x.nbytes - waiting.most_bytes, 0)
         waiting.most_bytes = max(waiting.most_bytes, x.nbytes)
         waiting.device = x.device
         waiting.held.stop()
+
+
+def _is_plain(layer: BatchNormalization, kwargs: Mapping[str, Any]) -> bool:
+    """Whether this call has its batches on the first axis, the channels on the second, and all values count."""
+    return (
+        not isinstance(layer, DecorrelatedBatchNorm)
+        and getattr(layer, "channel_axis", 1) == 1
+        and kwargs.get("mask") is None
+    )
 
 
 class _Waiting:
@@ -171,6 +204,7 @@ class _Waiting:
         self.number = number
         self.counts: Counter[str] = Counter()
         self.call: Call = END
-        self.seen: Seen | None = None
+        self.moments: Moments
+        self.small: torch.Tensor | None = None  # what enters the layer, where its Moments are not taken at once
         self.most_bytes = 0
         self.device: torch.device | None = None

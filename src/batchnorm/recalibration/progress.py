@@ -41,4 +41,5 @@ class Bar:
 
     def advance(self) -> None:
         """One batch more."""
-        self._bar.advance(self._task)
+        if not self._bar.disable:  # it would take a lock for nothing
+            self._bar.advance(self._task)

@@ -9,6 +9,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.layers.tracing import uncompiled
+from batchnorm.recalibration.statefulness import version_of
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer.detach().clone(), buffer._version)
+        (module, name, buffer, buffer.detach().clone(), version_of(buffer))
         for module, _ in modes
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -43,5 +44,5 @@ def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for module, name, buffer, before, version in buffers:
                 module._buffers[name] = buffer
-                if buffer._version != version:
+                if version_of(buffer) != version or (version is None and not torch.equal(buffer, before)):
                     buffer.copy_(before)

@@ -11,13 +11,15 @@ import torch
 class Watch:
     """Looks for what a forward leaves behind in the modules: attributes that it sets, lists and dicts that it fills.
 
-    Modules of torch itself and of this library are taken for stateless in evaluation. What a model keeps elsewhere, in
+    Modules of torch itself and of this library are taken for stateless in evaluation, but for their parameters and
+    buffers, which torch.func.functional_call exchanges for the length of a forward. What a model keeps elsewhere, in
     global variables or deep inside of objects, is not seen.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         known = "torch.", "batchnorm."
-        self._modules = [one for one in model.modules() if not type(one).__module__.startswith(known)]
+        self._all = list(model.modules())
+        self._modules = [one for one in self._all if not type(one).__module__.startswith(known)]
         self._before: list[Any] = []
 
     def begin(self) -> None:
@@ -32,6 +34,9 @@ class Watch:
         )
 
     def _contents(self) -> Iterator[Any]:
+        for module in self._all:
+            yield from module._parameters.values()
+            yield from module._buffers.values()
         for module in self._modules:
             for value in vars(module).values():
                 yield value
@@ -42,12 +47,17 @@ class Watch:
                     for inner in value:
                         yield from _itself(inner)
                 elif isinstance(value, torch.Tensor):
-                    yield value._version
+                    yield version_of(value)
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """How often the tensor was written to; None for those of inference mode, which do not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _itself(value: Any) -> Iterator[Any]:
     yield value
     if isinstance(value, torch.Tensor):
-        yield value._version
+        yield version_of(value)
     elif hasattr(value, "__len__"):
         yield len(value)

@@ -1,5 +1,10 @@
-"""One self-contained HTML page from results that are already measured: it renders, it never computes."""
+"""One self-contained HTML page from results that are already measured: it renders, it never computes.
 
+A page's security policy forbids every request and every script but its own, which sorts tables.
+"""
+
+import base64
+import hashlib
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -115,5 +120,12 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "quantity": quantity, "anchor": anchor}
-    environment.globals |= {"interval": interval, "inline_svg": inline_svg}
+    script = environment.get_template("page.js").render()
+    environment.globals |= {
+        "interval": interval,
+        "inline_svg": inline_svg,
+        "zip": zip,
+        "script": Markup(script),
+        "script_sha256": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    }
     return environment

@@ -55,8 +55,11 @@ def bins_of(old: Column, new: Column) -> Bins | None:
     width = max(old.histogram.width, new.histogram.width)
     first, last = np.minimum(np.searchsorted(below, [0.005, 0.995]), edges.size - 1)
     low, high = edges[first], edges[last] + width
-    inside = int(((edges >= low) & (edges < high)).sum())
-    cuts = np.linspace(low, high, min(_MOST, max(inside, 1)) + 1)
+    # Bars as wide as a whole number of steps: else whole numbers would fall two into one bar and one into the next.
+    inside = edges[(edges >= low) & (edges < high)]
+    step = max(float(np.diff(inside).min()), width) if inside.size > 1 else high - low
+    step *= max(1.0, np.ceil((high - low) / step / _MOST))
+    cuts = low + step * np.arange(int(np.ceil((high - low) / step)) + 1)
     which = np.clip(np.searchsorted(cuts, edges, side="right") - 1, 0, cuts.size - 2)
     counts = np.stack([np.bincount(which, side, cuts.size - 1) for side in (before, after)]) / rows
     return Bins(tuple(cuts.tolist()), (), tuple(counts[0].tolist()), tuple(counts[1].tolist()))

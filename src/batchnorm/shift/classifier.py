@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from sklearn.ensemble import HistGradientBoostingClassifier
 
+from batchnorm.shift.boosting import Boosting
 from batchnorm.shift.encoding import Encoded
-from batchnorm.shift.significance import z_score
-from batchnorm.shift.units import distinct_per_side
+from batchnorm.shift.significance import Dealing
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -47,9 +45,10 @@ def joint(data: Encoded, fold: Ints, unit: Ints | None, seed: int = 0) -> Separa
 
     The AUC is that of cross-validation. The test is not: folds of a cross-validation learn from each other's rows, and
     what that does to the variance can only be guessed. It goes forward instead: fold k is scored by a model of the
-    folds before it, so that under no shift each fold's z, given all before it, has mean 0 and variance 1 by dealing
-    labels to units, and their weighted sum has too, whatever the model has learned. (In trials, fold-mean AUC with
-    Nadeau-Bengio variance raised too few false alarms and pooled out-of-fold AUC too many.)
+    folds before it, so that without shift the chance of as high a score, by dealing labels to units, is uniform in each
+    fold given all before it, whatever the model has learned. Normal quantiles of these chances are added up with
+    weights (Stouffer). (In trials, fold-mean AUC with Nadeau-Bengio variance raised too few false alarms and pooled
+    out-of-fold AUC too many.)
 
     Args:
         data: rows of both sides.
@@ -58,21 +57,17 @@ def joint(data: Encoded, fold: Ints, unit: Ints | None, seed: int = 0) -> Separa
         seed: of the models.
     """
     number = int(fold.max()) + 1
-    apart = None if unit is None else distinct_per_side(unit, data.is_new)
     aucs, probability = [], np.zeros(fold.size)
     forward: list[float] = []
     for k in range(number):
         held = fold == k
-        model = _fitted(data, ~held, seed)
-        probability[held] = model.predict_proba(data.values[held])[:, 1]
-        aucs.append(auc(probability[held], data.is_new[held]))
-        if k == 0:
-            continue
-        if k == number - 1:
-            score = probability[held]
-        else:
-            score = _fitted(data, fold < k, seed).predict_proba(data.values[held])[:, 1]
-        forward.append(z_score(score, data.is_new[held], None if apart is None else apart[held]))
+        score = probability[held] = _fitted(data, ~held, seed).probabilities(data.values[held])[:, 1]
+        aucs.append(auc(score, data.is_new[held]))
+        if 0 < k < number - 1:
+            score = _fitted(data, fold < k, seed).probabilities(data.values[held])[:, 1]
+        if k:
+            dealing = Dealing(data.is_new[held], None if unit is None else unit[held], seed + k)
+            forward.append(float(stats.norm.isf(dealing.chance_of_as_high(score))))
     # A model's rows grow with k, and with them what it can find.
     weights = np.arange(1.0, number)
     z = float(weights @ np.array(forward)) / float(np.linalg.norm(weights))
@@ -126,20 +121,10 @@ def overlap(probability: Floats, is_new: Bools) -> float:
     return float((common[is_new].mean() + common[~is_new].mean()) / 2)
 
 
-def _fitted(data: Encoded, rows: Bools, seed: int) -> Any:
+def _fitted(data: Encoded, rows: Bools, seed: int) -> Boosting:
     new = data.is_new[rows]
     weight = np.where(new, 0.5 / max(new.mean(), 1e-12), 0.5 / max(1 - new.mean(), 1e-12))
-    model = HistGradientBoostingClassifier(
-        max_iter=60,
-        max_leaf_nodes=8,
-        min_samples_leaf=min(20, max(2, new.size // 20)),
-        l2_regularization=1.0,
-        early_stopping=False,
-        categorical_features=data.is_category if data.is_category.any() else None,
-        random_state=seed,
-    )
-    model.fit(data.values[rows], new, sample_weight=weight)
-    return model
+    return Boosting(data.values[rows], new, is_class=True, is_category=data.is_category, weight=weight, seed=seed)
 
 
 def _groups(values: Floats, is_category: bool) -> Ints:

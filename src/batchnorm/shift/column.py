@@ -130,4 +130,5 @@ class Column:
 
 
 def _moments(values: Any) -> Moments:
-    return Moments.of(values.reshape(-1, 1), axes=0)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused, by name, in Reference
+        return Moments.of(values.reshape(-1, 1), axes=0)

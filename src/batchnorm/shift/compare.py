@@ -216,11 +216,10 @@ def _tests(
     unit = roles.units(old_rows, new_rows)
     data = encode(old_rows, new_rows, kinds)
     fold = units.folds(unit, data.is_new, FOLDS, seed)
-    apart = None if unit is None else units.distinct_per_side(unit, data.is_new)
+    dealing = significance.Dealing(data.is_new, unit, seed)
     columns = list(zip(data.names, data.values.T, data.is_category, strict=True))
     p_values = {
-        name: significance.column_p_value(values, bool(is_category), data.is_new, apart)
-        for name, values, is_category in columns
+        name: significance.column_p_value(values, bool(is_category), dealing) for name, values, is_category in columns
     }
     joint = classifier.joint(data.only(inputs), fold, unit, seed) if inputs else None
     target = roles.target

@@ -8,16 +8,17 @@ import numpy as np
 import numpy.typing as npt
 from scipy.spatial.distance import cdist
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.ensemble import HistGradientBoostingClassifier
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from batchnorm.errors import ArgumentError
+from batchnorm.shift.boosting import Boosting
+from batchnorm.shift.units import folds as dealt
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 _WIDTHS = (0.3, 0.6, 1.0, 2.0)
 """Kernel widths that are tried, in units of the median distance of the rows."""
@@ -28,24 +29,31 @@ _RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 class _Ratio(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """What the estimators share: `y` says which side a row is of, 0 old and 1 new."""
 
-    def fit(self, X: Any, y: Any) -> Self:  # noqa: N803
+    seed: int
+    _folds = 3
+
+    def fit(self, X: Any, y: Any, groups: Any = None) -> Self:  # noqa: N803
         """Estimates the ratio.
 
         Args:
             X: rows of both sides, (N, D), without missing values (but see ClassifierRatio).
             y: (N,), 0 or False for the old side, 1 or True for the new one.
+            groups: (N,), integers: rows of one group are never in different folds; None where each is its own.
 
         Raises:
-            ArgumentError: y holds other values, or a side has fewer than 5 rows.
+            ArgumentError: y or groups holds other values, or a side has fewer than 6 rows or groups.
         """
         x = validate_data(self, X, dtype=np.float64, ensure_all_finite=self._finite())
         sides = np.asarray(y)
         if sides.shape != (x.shape[0],) or not np.isin(sides, (0, 1)).all():
             raise ArgumentError(f"y must say the side of each of the {x.shape[0]} rows: 0 (old) or 1 (new)")
         is_new = sides.astype(bool)
-        if min(int(is_new.sum()), int((~is_new).sum())) < 5:
-            raise ArgumentError("a density ratio needs at least 5 rows of each side")
-        self._fit(x[~is_new], x[is_new])
+        unit = None if groups is None else np.asarray(groups)
+        if unit is not None and (unit.shape != sides.shape or not np.issubdtype(unit.dtype, np.integer)):
+            raise ArgumentError(f"groups must be {x.shape[0]} integers, got {unit.dtype} of shape {unit.shape}")
+        # Few folds are enough to choose a width by; gradient boosting learns more from its rows.
+        folds = dealt(unit, is_new, self._folds, self.seed)
+        self._fit(x[~is_new], x[is_new], folds[~is_new], folds[is_new])
         return self
 
     def transform(self, X: Any) -> Floats:  # noqa: N803
@@ -63,7 +71,7 @@ class _Ratio(TransformerMixin, BaseEstimator):  # type: ignore[misc]
     def _finite(self) -> bool | str:
         return True
 
-    def _fit(self, old: Floats, new: Floats) -> None:
+    def _fit(self, old: Floats, new: Floats, folds_old: Ints, folds_new: Ints) -> None:
         raise NotImplementedError
 
     def _ratio(self, x: Floats) -> Floats:
@@ -88,6 +96,8 @@ class ClassifierRatio(_Ratio):
         True
     """
 
+    _folds = 5
+
     def __init__(self, clip: float = 50.0, seed: int = 0) -> None:
         self.clip = clip
         self.seed = seed
@@ -95,24 +105,22 @@ class ClassifierRatio(_Ratio):
     def _finite(self) -> bool | str:
         return "allow-nan"
 
-    def _fit(self, old: Floats, new: Floats) -> None:
+    def _fit(self, old: Floats, new: Floats, folds_old: Ints, folds_new: Ints) -> None:
         x, y = np.vstack([old, new]), np.arange(len(old) + len(new)) >= len(old)
-        model = HistGradientBoostingClassifier(
-            max_iter=60,
-            max_leaf_nodes=8,
-            l2_regularization=1.0,
-            early_stopping=False,
-            class_weight="balanced",
-            random_state=self.seed,
-        )
-        folds = StratifiedKFold(min(5, len(old), len(new)), shuffle=True, random_state=self.seed)
-        score = cross_val_predict(model, x, y, cv=folds, method="decision_function")
+        weight = np.where(y, 0.5 / y.mean(), 0.5 / (1 - y.mean()))
+        score, fold = np.empty(len(x)), np.concatenate([folds_old, folds_new])
+        for k in np.unique(fold):
+            rest, held = fold != k, fold == k
+            score[held] = self._model(x[rest], y[rest], weight[rest]).log_odds(x[held])
         # Out of fold, the log-odds are too steep where the model has learned by heart: one slope puts that right.
         self.slope_ = _slope(score, y)
-        self.model_ = model.fit(x, y)
+        self.model_ = self._model(x, y, weight)
+
+    def _model(self, x: Floats, y: npt.NDArray[np.bool_], weight: Floats) -> Boosting:
+        return Boosting(x, y, is_class=True, weight=weight, seed=self.seed)
 
     def _ratio(self, x: Floats) -> Floats:
-        return np.asarray(np.clip(np.exp(self.slope_ * self.model_.decision_function(x)), 1 / self.clip, self.clip))
+        return np.asarray(np.clip(np.exp(self.slope_ * self.model_.log_odds(x)), 1 / self.clip, self.clip))
 
 
 class RuLSIF(_Ratio):
@@ -133,19 +141,18 @@ class RuLSIF(_Ratio):
         self.kernels = kernels
         self.seed = seed
 
-    def _fit(self, old: Floats, new: Floats) -> None:
+    def _fit(self, old: Floats, new: Floats, folds_old: Ints, folds_new: Ints) -> None:
         if not 0 <= self.alpha < 1:
             raise ArgumentError(f"alpha must be at least 0 and below 1, got {self.alpha!r}")
         rng = np.random.default_rng(self.seed)
         self.centres_ = _centres(new, self.kernels, rng)
         median = _median_distance(old, new, rng)
-        folds_old, folds_new = rng.integers(0, 3, len(old)), rng.integers(0, 3, len(new))
         best = np.inf
         for width in _WIDTHS:
             k_old, k_new = (_kernel(side, self.centres_, width * median) for side in (old, new))
             for ridge in _RIDGES:
                 error = 0.0
-                for fold in range(3):
+                for fold in np.unique(folds_new):
                     theta = self._solved(k_old[folds_old != fold], k_new[folds_new != fold], ridge)
                     error += self._error(k_old[folds_old == fold] @ theta, k_new[folds_new == fold] @ theta)
                 if error < best:
@@ -154,15 +161,11 @@ class RuLSIF(_Ratio):
         self.theta_ = self._solved(k_old, k_new, self.ridge_)
 
     def _solved(self, k_old: Floats, k_new: Floats, ridge: float) -> Floats:
-        if not len(k_old) or not len(k_new):
-            return np.zeros(len(self.centres_))
         gram = self.alpha * k_new.T @ k_new / len(k_new) + (1 - self.alpha) * k_old.T @ k_old / len(k_old)
         theta = np.linalg.solve(gram + ridge * np.eye(len(gram)), k_new.mean(axis=0))
         return np.maximum(theta, 0.0)
 
     def _error(self, r_old: Floats, r_new: Floats) -> float:
-        if not r_old.size or not r_new.size:
-            return 0.0
         squares = self.alpha * (r_new**2).mean() + (1 - self.alpha) * (r_old**2).mean()
         return float(squares / 2 - r_new.mean())
 
@@ -203,18 +206,17 @@ class KLIEP(_Ratio):
         self.steps = steps
         self.seed = seed
 
-    def _fit(self, old: Floats, new: Floats) -> None:
+    def _fit(self, old: Floats, new: Floats, folds_old: Ints, folds_new: Ints) -> None:
         rng = np.random.default_rng(self.seed)
         self.centres_ = _centres(new, self.kernels, rng)
         median = _median_distance(old, new, rng)
-        folds = rng.integers(0, 3, len(new))
         best = -np.inf
         for width in _WIDTHS:
             k_old, k_new = (_kernel(side, self.centres_, width * median) for side in (old, new))
             score = 0.0
-            for fold in range(3):
-                theta = self._solved(k_old, k_new[folds != fold])
-                score += float(np.log(np.maximum(k_new[folds == fold] @ theta, 1e-12)).sum())
+            for fold in np.unique(folds_new):
+                theta = self._solved(k_old, k_new[folds_new != fold])
+                score += float(np.log(np.maximum(k_new[folds_new == fold] @ theta, 1e-12)).sum())
             if score > best:
                 best, self.width_ = score, width * median
         k_old, k_new = (_kernel(side, self.centres_, self.width_) for side in (old, new))

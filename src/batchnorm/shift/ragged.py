@@ -1,9 +1,10 @@
-"""Lines of a csv file with fewer or more fields than its header: fewer would become missing values in silence."""
+"""What polars reads in silence and a user would not: ragged lines, names twice, other separators and encodings."""
 
 from __future__ import annotations
 
 import csv
 import gzip
+import zlib
 from pathlib import Path
 from typing import IO
 
@@ -15,18 +16,27 @@ _PART = 2**23
 
 
 def refuse_ragged(path: Path, separator: str = ",") -> None:
-    """Raises ArgumentError for the first line that has not as many fields as the first one.
+    """Raises ArgumentError for a bad first line, and for the first line that has not as many fields as it.
+
+    A first line is bad if it is no UTF-8, says a name twice, or has one field with another separator in it.
 
     Lines without quotes are counted as bytes, at about the speed of the disk; a part of the file with quotes in it is
     read by Python's csv module, about 30 times as slow. A blank line has one field, so that it fits one column only.
     """
+    try:
+        _check(path, separator)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ArgumentError(f"{path} is no whole gzip file: {error}") from error
+
+
+def _check(path: Path, separator: str) -> None:
     with _opened(path) as file:
         header = file.readline()
         while header.count(b'"') % 2 and (more := file.readline()):
             header += more
         if not header.strip():
             raise ArgumentError(f"{path} is empty: expected a first line with the columns' names")
-        fields = len(next(csv.reader([header.decode("utf-8", "replace")], delimiter=separator)))
+        fields = len(_names(path, header, separator))
         number = 1 + header.count(b"\n")
         while part := file.read(_PART):
             part += file.readline()
@@ -38,6 +48,20 @@ def refuse_ragged(path: Path, separator: str = ",") -> None:
                     f"{path}, line {number + found[0]}: expected {fields} fields as in the first line, got {found[1]}"
                 )
             number += part.count(b"\n")
+
+
+def _names(path: Path, header: bytes, separator: str) -> list[str]:
+    try:
+        names = next(csv.reader([header.decode("utf-8-sig")], delimiter=separator))
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{path} is no UTF-8 text ({error.reason} in its first line): convert it") from error
+    twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
+    if twice is not None:
+        raise ArgumentError(f"{path} has two columns named {twice!r}: rename one")
+    other = next((sign for sign in ";\t|" if len(names) == 1 and sign in names[0]), None)
+    if other is not None:
+        raise ArgumentError(f"{path} seems to be separated by {other!r}: expected {separator!r}")
+    return names
 
 
 def _opened(path: Path) -> IO[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ class Reference:
         rows: of the table; 0 where there is none.
         sample: rows of the table, numbers and dates as Float64, categories as String, and their keys.
         sample_rows: rows that the sample holds at most.
+        nulls: what counted as missing, and so has to on the other side.
 
     Example:
         >>> import polars as pl
@@ -43,6 +45,12 @@ class Reference:
     rows: int
     sample: pl.DataFrame
     sample_rows: int = SAMPLE_ROWS
+    nulls: tuple[str, ...] = NULLS
+
+    def __post_init__(self) -> None:
+        wide = [name for name, column in self.columns.items() if not math.isfinite(column.moments.var[0])]
+        if wide:
+            raise ArgumentError(f"the values in column {wide[0]!r} are too large for a variance: rescale them")
 
     @staticmethod
     def of(
@@ -53,7 +61,7 @@ class Reference:
         only: bool = False,
         sample_rows: int = SAMPLE_ROWS,
         salt: str = "",
-        nulls: Sequence[str] = NULLS,
+        nulls: Sequence[str] | None = None,
     ) -> Reference:
         """The Reference of a table, in one pass and bounded memory.
 
@@ -64,7 +72,7 @@ class Reference:
             only: take the columns of `kinds` and no others.
             sample_rows: rows to keep; 0 keeps none, and then no classifier can be asked.
             salt: tells partitions of one table apart, so that their rows are sampled independently.
-            nulls: what counts as missing in csv files.
+            nulls: what counts as missing in csv files; None: what did in `like`, else "", NA, nan, null and their kin.
 
         Raises:
             ArgumentError: the table has no rows, or lacks a column, or cannot be read.
@@ -72,8 +80,11 @@ class Reference:
         if not isinstance(sample_rows, int) or sample_rows < 0:
             raise ArgumentError(f"sample_rows must be an int of at least 0, got {sample_rows!r}")
         asked = {name: column.kind for name, column in like.columns.items()} if like else dict(kinds or {})
-        frame = scan(table, asked, nulls=nulls)
+        gaps = tuple(nulls) if nulls is not None else like.nulls if like else NULLS
+        frame = scan(table, asked, nulls=gaps)
         wanted: dict[str, Kind] = asked if like or only else {**kinds_of(frame), **asked}
+        if rows_of.KEY in wanted:
+            raise ArgumentError(f"a column is named {rows_of.KEY!r}, as the sample's own is: rename it")
         frame = as_kinds(frame, wanted, table)
         found: dict[str, Column] = {}
         parts: list[pl.DataFrame] = []
@@ -91,7 +102,7 @@ class Reference:
                 limit = int(parts[0][rows_of.KEY].max() or 0) if parts[0].height == sample_rows else None  # type: ignore[arg-type]
         if rows == 0:
             raise ArgumentError(f"{table if isinstance(table, str | Path) else 'the table'} has no rows")
-        return Reference(found, {}, rows, rows_of.smallest(parts, sample_rows), sample_rows)
+        return Reference(found, {}, rows, rows_of.smallest(parts, sample_rows), sample_rows, gaps)
 
     def without(self, *names: str) -> Reference:
         """The same without these columns (a target that new rows lack), for `like`; names that it has not are no error.
@@ -126,14 +137,15 @@ class Reference:
             sum(part.rows for part in parts),
             rows_of.smallest([part.sample.select(names) for part in parts], size),
             size,
+            self.nulls,
         )
 
     def save(self, path: str | Path) -> None:
         """Writes versioned JSON, the sample inside as parquet; whole or not at all."""
         columns = {name: column.as_dict() for name, column in self.columns.items()}
         layers = {name: layer.as_dict() for name, layer in self.layers.items()}
-        body = {"rows": self.rows, "sample_rows": self.sample_rows, "columns": columns, "layers": layers}
-        storage.write(Path(path), body, self.sample)
+        own = {"rows": self.rows, "sample_rows": self.sample_rows, "nulls": list(self.nulls)}
+        storage.write(Path(path), {**own, "columns": columns, "layers": layers}, self.sample)
 
     @staticmethod
     def load(path: str | Path) -> Reference:
@@ -151,7 +163,7 @@ class Reference:
                     raise ArgumentError(f"column {name!r} has {column.rows} rows of {rows}")
             if set(sample.columns) != {*columns, rows_of.KEY}:
                 raise ArgumentError("the sample has other columns")
-            return Reference(columns, layers, rows, sample, int(body["sample_rows"]))
+            return Reference(columns, layers, rows, sample, int(body["sample_rows"]), tuple(map(str, body["nulls"])))
 
 
 def merged(parts: Iterable[Reference]) -> Reference:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
+from batchnorm.shift.boosting import Boosting
 from batchnorm.shift.encoding import Encoded
-from batchnorm.shift.significance import z_score
-from batchnorm.shift.units import distinct_per_side
+from batchnorm.shift.significance import Dealing
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -35,6 +34,8 @@ _OVERLAP = 0.05
 
 _CLASSES = 5
 """Classes of a categorical target that are looked at, the most frequent ones; strata of a numeric one."""
+
+_TREES = 80
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def target_given_inputs(data: Encoded, target: Floats, is_class: bool, fold: Int
 
     For a model f of the target and a model e of the side, both cross-fitted on both sides' rows, the products
     (y - f(x)) (side - e(x)) have mean 0 exactly where y and side are independent given x. A second product, weighted by
-    f(x), finds changes of opposite sign.
+    what models of either side alone say differently of x, finds changes of opposite sign.
 
     Args:
         data: rows of both sides.
@@ -110,8 +111,12 @@ def target_given_inputs(data: Encoded, target: Floats, is_class: bool, fold: Int
     products = []
     for column in columns.T:
         guess = _cross_fitted(x, column, folds, data.is_category, is_class=is_class)
+        old, new = (
+            _cross_fitted(x, column, folds, data.is_category, is_class=is_class, learned=which)
+            for which in (~side, side)
+        )
         product = (column - guess) * (side - chance)
-        products += [product, product * (guess - guess.mean())]
+        products += [product, product * (new - old - (new - old).mean())]
     return _mean_is_zero(np.column_stack(products), None if unit is None else unit[kept])
 
 
@@ -123,28 +128,44 @@ def inputs_given_target(data: Encoded, target: Floats, is_class: bool, fold: Int
     kept = ~np.isnan(target)
     x, y, side, folds = data.values[kept], target[kept], data.is_new[kept], fold[kept]
     strata = _strata(y, is_class)
-    apart = None if unit is None else distinct_per_side(unit[kept], side)
-    total, weight = 0.0, 0.0
     balance = np.ones(side.size)
     for stratum in np.unique(strata):
         for which in (True, False):
             cell = (strata == stratum) & (side == which)
             balance[cell] = 1 / max(cell.sum(), 1)
+    total, square = 0.0, 0.0
     for k in range(1, int(fold.max()) + 1):
         before, held = folds < k, folds == k
         if np.unique(side[before]).size < 2:
             continue
-        model = _classifier(data.is_category, int(before.sum()))
-        model.fit(x[before], side[before], sample_weight=balance[before] / balance[before].mean())
-        score = model.predict_proba(x[held])[:, 1]
-        for stratum in np.unique(strata[held]):
-            rows = strata[held] == stratum
+        weight = balance[before] / balance[before].mean()
+        model = Boosting(
+            x[before], side[before], is_class=True, is_category=data.is_category, weight=weight, trees=_TREES
+        )
+        score = model.probabilities(x[held])[:, 1]
+        for rows in _comparable(strata[held], side[held], None if unit is None else unit[kept][held]):
             labels = side[held][rows]
-            if 3 <= labels.sum() <= labels.size - 3:
-                part = math.sqrt(k * labels.sum() * (labels.size - labels.sum()) / labels.size)
-                total += part * z_score(score[rows], labels, None if apart is None else apart[held][rows])
-                weight += part**2
-    return float(stats.norm.sf(total / math.sqrt(weight))) if weight else 1.0
+            part = math.sqrt(k * labels.sum() * (labels.size - labels.sum()) / labels.size)
+            ranks = _ranks(score[rows], strata[held][rows])
+            total += part * Dealing(labels, None if unit is None else unit[kept][held][rows]).z(ranks)
+            square += part**2
+    return float(stats.norm.sf(total / math.sqrt(square))) if square else 1.0
+
+
+def _comparable(strata: Ints, side: Bools, unit: Ints | None) -> list[Ints]:
+    """Rows of each stratum that has 3 rows of both sides; of all these together where units may be in several."""
+    found = [np.flatnonzero(strata == one) for one in np.unique(strata)]
+    found = [rows for rows in found if 3 <= side[rows].sum() <= rows.size - 3]
+    return found if unit is None or not found else [np.concatenate(found)]
+
+
+def _ranks(score: Floats, strata: Ints) -> Floats:
+    """Ranks within each stratum, from -0.5 to 0.5."""
+    found = np.empty(score.size)
+    for one in np.unique(strata):
+        rows = strata == one
+        found[rows] = (stats.rankdata(score[rows]) - 0.5) / rows.sum() - 0.5
+    return found
 
 
 def _mean_is_zero(values: Floats, unit: Ints | None) -> float:
@@ -163,39 +184,20 @@ def _mean_is_zero(values: Floats, unit: Ints | None) -> float:
     return float(stats.f.sf(t2 * (n - d) / (d * (n - 1)), d, n - d))
 
 
-def _cross_fitted(x: Floats, y: Floats, fold: Ints, is_category: Bools, *, is_class: bool) -> Floats:
+def _cross_fitted(
+    x: Floats, y: Floats, fold: Ints, is_category: Bools, *, is_class: bool, learned: Bools | None = None
+) -> Floats:
+    """What models say of each fold that have learned from the others; only from the rows `learned`, (N,), if given."""
     found = np.zeros(y.size)
     for k in np.unique(fold):
         held = fold == k
-        if np.unique(y[~held]).size < 2:
-            found[held] = y[~held].mean()
-        elif is_class:
-            found[held] = (
-                _classifier(is_category, int((~held).sum())).fit(x[~held], y[~held]).predict_proba(x[held])[:, 1]
-            )
-        else:
-            found[held] = _regressor(is_category, int((~held).sum())).fit(x[~held], y[~held]).predict(x[held])
+        rest = ~held if learned is None else ~held & learned
+        if np.unique(y[rest]).size < 2:
+            found[held] = y[rest].mean() if rest.any() else 0.0
+            continue
+        model = Boosting(x[rest], y[rest], is_class=is_class, is_category=is_category, trees=_TREES)
+        found[held] = model.probabilities(x[held])[:, 1] if is_class else model.predict(x[held])
     return found
-
-
-def _options(is_category: Bools, rows: int) -> dict[str, Any]:
-    return {
-        "max_iter": 80,
-        "max_leaf_nodes": 8,
-        "min_samples_leaf": min(20, max(2, rows // 20)),
-        "l2_regularization": 1.0,
-        "early_stopping": False,
-        "categorical_features": is_category if is_category.any() else None,
-        "random_state": 0,
-    }
-
-
-def _classifier(is_category: Bools, rows: int) -> Any:
-    return HistGradientBoostingClassifier(**_options(is_category, rows))
-
-
-def _regressor(is_category: Bools, rows: int) -> Any:
-    return HistGradientBoostingRegressor(**_options(is_category, rows))
 
 
 def _indicators(codes: Floats) -> Floats:

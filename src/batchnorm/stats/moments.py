@@ -18,6 +18,7 @@ Array: TypeAlias = Any
 """A torch.Tensor or a numpy.ndarray: the caller knows which, and a union would make him prove it at every use."""
 
 _NUMPY = (np.ndarray, np.generic)
+_FEW = 4  # parts; for more, a tensor for each count would take longer than the merge
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +106,8 @@ class Moments:
                     f"Moments of shape {tuple(self.mean.shape)} and {tuple(part.mean.shape)} cannot be merged: "
                     "merge statistics of the same channels."
                 )
-        counts = [_filled(part.count, part.mean) for part in parts]
-        mean, var = _merged(_stacked([m.mean for m in parts]), _stacked([m.var for m in parts]), _stacked(counts))
+        counts = _counts([part.count for part in parts], self.mean)
+        mean, var = _merged(_stacked([m.mean for m in parts]), _stacked([m.var for m in parts]), counts)
         return Moments(mean, var, sum(part.count for part in parts))
 
     def merge_along(self, axis: int = 0) -> Moments:
@@ -238,6 +239,15 @@ def _merged(mean: Any, var: Any, count: Any) -> tuple[Any, Any]:
     share = count / _at_least_one(count.sum(0))
     whole = (share * mean).sum(0)
     return whole, (share * (var + (mean - whole) ** 2)).sum(0)
+
+
+def _counts(counts: list[Any], mean: Any) -> Any:
+    """The counts of parts as numbers to divide, the parts along the first axis, broadcastable to their means."""
+    if len(counts) > _FEW and not isinstance(mean, _NUMPY) and all(type(count) is int for count in counts):
+        import torch
+
+        return torch.tensor(counts, dtype=_wide(mean).dtype, device=mean.device).reshape(-1, *[1] * mean.ndim)
+    return _stacked([_filled(count, mean) for count in counts])
 
 
 def _filled(count: Any, mean: Any) -> Any:

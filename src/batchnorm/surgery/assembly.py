@@ -32,12 +32,16 @@ def assemble(reading: Reading, kind: type, settings: dict[str, Any], *, remember
     layer, origin = reading.layer, reading.origin
     state = {**settings, **{key: value for key, value in vars(layer).items() if _is_carried(key)}}
     state |= {part: type(state[part])(state[part]) for part in _PARTS}
+    if reading.known.family == "group" and reading.activation is not None:
+        del state["_modules"]["act"]
+    _restore_statistics(state, reading)
     if kind is origin.layer_class:
         state["_modules"] |= origin.modules
         for module in (inner for one in origin.modules.values() for inner in one.modules()):
             module.training = layer.training
     else:
-        state["_modules"] = {name: module for name, module in layer._modules.items() if name not in origin.modules}
+        for name in origin.modules:
+            state["_modules"].pop(name, None)
         if remembers:
             state["_origin"] = origin
     if issubclass(kind, FrozenBatchNorm):
@@ -87,6 +91,29 @@ def in_sequence(reading: Reading, inner: torch.nn.Module, behind: list[torch.nn.
 def _is_carried(name: str) -> bool:
     """Whether an attribute is a part of every module, or its user's: all but the settings of a known class."""
     return name in MODULE_STATE or name not in SETTINGS
+
+
+def _restore_statistics(state: dict[str, Any], reading: Reading) -> None:
+    """Running mean and variance, from what whitening and group normalization have in their place."""
+    buffers = state["_buffers"]
+    if reading.known.family == "decorrelated":
+        covariance = buffers.pop("running_covariance")
+        buffers["running_var"] = None if covariance is None else covariance.diagonal(dim1=-2, dim2=-1).flatten()
+    elif reading.known.family == "group":
+        buffers |= {name: _moved(value, reading) for name, value in reading.origin.statistics.items()}
+    else:
+        return
+    first = {name: buffers.pop(name) for name in (*STATISTICS, "num_batches_tracked") if name in buffers}
+    state["_buffers"] = first | buffers
+
+
+def _moved(value: torch.Tensor | None, reading: Reading) -> torch.Tensor | None:
+    """To where the layer is by now, and to its precision; half precision is for those that want it."""
+    weight = reading.layer.weight
+    if value is None or weight is None:
+        return value
+    changes = value.is_floating_point() and weight.dtype in (torch.float32, torch.float64)
+    return value.to(weight.device, weight.dtype if changes else value.dtype)
 
 
 def _fix(state: dict[str, Any], reading: Reading) -> None:

@@ -147,10 +147,29 @@ class _Tracer(Tracer):
         return m not in self._looked_into
 
 
-def tail_sequences(block: torch.nn.Module, is_layer: Any) -> set[torch.nn.Module]:
-    """The children of `block`, and theirs, that are plain sequences with a layer at their end and without hooks."""
-    found: set[torch.nn.Module] = set()
+def parts_of(block: torch.nn.Module, called: Collection[torch.nn.Module]) -> list[torch.nn.Module]:
+    """What the block's own forward may call: its children, and those of children that are never called, as of lists.
+
+    Args:
+        block: the module.
+        called: the modules that are.
+    """
+    found: dict[torch.nn.Module, None] = {}
     waiting = list(block.children())
+    while waiting:
+        child = waiting.pop(0)
+        found[child] = None
+        if child not in called:
+            waiting += list(child.children())
+    return list(found)
+
+
+def tail_sequences(
+    block: torch.nn.Module, is_layer: Any, called: Collection[torch.nn.Module]
+) -> set[torch.nn.Module]:
+    """The parts of `block`, and theirs, that are plain sequences with a layer at their end and without hooks."""
+    found: set[torch.nn.Module] = set()
+    waiting = parts_of(block, called)
     while waiting:
         child = waiting.pop()
         if (

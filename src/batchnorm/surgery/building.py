@@ -25,8 +25,10 @@ _OURS: dict[int | None, type[BatchNorm]] = {1: BatchNorm1d, 2: BatchNorm2d, 3: B
 def build(reading: Reading, to: Target, options: Options, use: Use) -> Built | str:
     """The layer that `to` asks for, or why there is none; the old one stays as it is."""
     family = reading.known.family
-    if family == "decorrelated" and to != "decorrelated":
-        return "no other layer whitens"
+    if family == "decorrelated" and to != "decorrelated" and not _is_diagonal(reading.layer):
+        return "it whitens by covariances that it has learned, which no other layer does"
+    if family == "group" and to not in ("torch", "group", "layer"):
+        return 'it is group normalization, another function: to="torch" is the way back'
     if to == "batchnorm":
         return _at_home(reading, options)
     if to == "torch":
@@ -92,6 +94,14 @@ def _ours(
         new._last = new._state()
     keeps = not is_told and reading.known.family == family_of(kind)
     return Built(new, _said(target, reading), keeps, note=joined(notes))
+
+
+def _is_diagonal(layer: Any) -> bool:
+    """Whether a whitening layer scales single channels only, as long as it has not trained."""
+    covariance = layer.running_covariance
+    if covariance is None:
+        return True
+    return bool((covariance == torch.diag_embed(covariance.diagonal(dim1=-2, dim2=-1))).all())
 
 
 def _decorrelated(reading: Reading, options: Options) -> Built | str:

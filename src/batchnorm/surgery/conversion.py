@@ -15,7 +15,7 @@ from batchnorm.layers.renorm import Schedule
 from batchnorm.layers.tracing import uncompiled
 from batchnorm.surgery.building import build
 from batchnorm.surgery.conversion_check import Checked, Step, check_by_example, check_by_layer, output_on
-from batchnorm.surgery.recognition import core_class, is_candidate, read, titled
+from batchnorm.surgery.recognition import core_class, is_candidate, is_group, read, titled
 from batchnorm.surgery.replace import Place, become, places
 from batchnorm.surgery.report import Changed, Skipped, SurgeryReport
 from batchnorm.surgery.targets import Options, Target, Use
@@ -62,7 +62,8 @@ def convert(
     - "torch": the way back: class, state_dict, hooks and all that a layer was before; for one that was made by hand
       torch.nn's twin. A fused activation that no class of torch.nn has becomes a module behind it.
     - "sync", "ghost", "renorm", "decorrelated", "frozen": the layer of that kind. Evaluation stays the same.
-    - "group", "layer": GroupNorm, and GroupNorm with one group. Another function; statistics are dropped.
+    - "group", "layer": GroupNorm, and GroupNorm with one group. Another function; statistics are set aside for the way
+      back, `to="torch"`.
 
     What cannot be converted, or has a behaviour of its own, stays as it is; the report names it and says why. On an
     error the model is what it was.
@@ -128,7 +129,7 @@ def convert(
 
 def _candidates(model: torch.nn.Module) -> list[Place]:
     """Layers that have to be converted or named; those that are a part of another one are its own business."""
-    found = places(model, is_candidate)
+    found = places(model, lambda module: is_candidate(module) or is_group(module))
     wholes = [f"{name}." if name else "" for p in found if isinstance(p.module, DomainBatchNorm) for name in p.names]
     return [
         place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
 from pathlib import Path
@@ -172,14 +173,12 @@ def _beside_own_rounding(
         own = compare(zip(truth, before, strict=True), tolerance=agreement.tolerance)
     except Exception:  # networks with constants of a dtype of their own
         return agreement
-    raised = min(_ROUNDING_ERRORS * own.max_relative, _AT_MOST * agreement.tolerance)
-    if agreement.max_relative > raised:
-        return agreement
+    raised = max(agreement.tolerance, min(_ROUNDING_ERRORS * own.max_relative, _AT_MOST * agreement.tolerance))
     notes.append(
         f"the network itself is {own.max_relative:.2g} off its own outputs in float64 by rounding alone; the tolerance "
-        f"is {_ROUNDING_ERRORS} times that"
+        f"is {_ROUNDING_ERRORS} times that, from {agreement.tolerance:.2g} to {_AT_MOST} times as much"
     )
-    return Agreement(agreement.max_absolute, agreement.max_relative, raised, agreement.inputs)
+    return dataclasses.replace(agreement, tolerance=raised, own_rounding=own.max_relative)
 
 
 def _batch(given: Arguments) -> int:

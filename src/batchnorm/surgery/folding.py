@@ -27,6 +27,8 @@ from batchnorm.surgery.verification import Agreement, compare
 _RANDOM_INPUTS = 2
 _ROUNDING_ERRORS = 3
 """Two runs with as much rounding as the network's own are two such errors apart at most, as a rule."""
+_AT_MOST = 100
+"""How often the tolerance may be multiplied for that."""
 _PROOF = 1e-9
 """What folding may change in float64."""
 _TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -52,7 +54,9 @@ def fold(
         example: what it is called with: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         inplace: change `model` itself instead of a copy.
         tolerance: largest difference of any output over the largest output that passes. None goes by the coarsest dtype
-            of the parameters: 1e-5 in float32, 1e-10 in float64, 0.02 in float16, 0.1 in bfloat16.
+            of the parameters: 1e-5 in float32, 1e-10 in float64, 0.02 in float16, 0.1 in bfloat16; where the network
+            itself is further off its own float64 outputs, 3 times that (at most 100 times those), if folding in float64
+            changes less than 1e-9.
 
     Returns:
         The network and the report: what was folded into what, which layers are left and why, and the largest
@@ -82,7 +86,7 @@ def fold(
     try:
         work, done = _folded(work, given)
         agreement = _compared(work, inputs, before, limit)
-        if not agreement.holds:
+        if not agreement.holds and tolerance is None:
             agreement = _beside_own_rounding(agreement, model, inputs, before, notes)
     except Exception as error:  # the network's own code meets modules of another class
         done = _Done()
@@ -208,14 +212,17 @@ def _beside_own_rounding(
         proof = _compared(_folded(exact, wide[0])[0], wide, truth, _PROOF)
     except Exception:  # networks with constants of a dtype of their own
         return agreement
-    raised = _ROUNDING_ERRORS * own.max_relative
-    if not (proof.holds and agreement.max_relative <= raised):
+    if not proof.holds:
         return agreement
+    raised = max(agreement.tolerance, min(_ROUNDING_ERRORS * own.max_relative, _AT_MOST * agreement.tolerance))
     notes.append(
         f"the network as it came is {own.max_relative:.2g} off its own outputs in float64 by rounding alone; the "
-        f"tolerance is {_ROUNDING_ERRORS} times that, as folding in float64 changes them by {proof.max_relative:.2g}"
+        f"tolerance is {_ROUNDING_ERRORS} times that, from {agreement.tolerance:.2g} to {_AT_MOST} times as much, as "
+        f"folding in float64 changes them by {proof.max_relative:.2g}"
     )
-    return dataclasses.replace(agreement, tolerance=raised)
+    if agreement.max_relative > raised:
+        notes.append("pass a tolerance to have it folded all the same, or fold in float64")
+    return dataclasses.replace(agreement, tolerance=raised, own_rounding=own.max_relative)
 
 
 def _carried_over(work: torch.nn.Module, done: _Done, model: torch.nn.Module) -> torch.nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from batchnorm.surgery.block_graph import (
     graph_of,
     is_plain_sequence,
     observe,
+    parts_of,
     shapes_in,
     tail_sequences,
 )
 from batchnorm.surgery.conversion import convert
 from batchnorm.surgery.examples import Arguments, arguments_of, copied
-from batchnorm.surgery.fusion_check import compare_training
+from batchnorm.surgery.fusion_check import Checked, compare_training
 from batchnorm.surgery.fusion_patterns import NoPatternError, Pattern, fuse_in, pattern_at
 from batchnorm.surgery.inference_form import normalizations, why_watched
 from batchnorm.surgery.recognition import Reading, core_class, read, titled
@@ -45,7 +46,7 @@ def fuse_activations(
     `convert`: the same objects with the same parameters; the activations of timm's layers are fused, too.
 
     Then outputs in evaluation, and outputs, gradients and running statistics in training, are compared before and after
-    on copies in float64. If they differ, nothing is fused.
+    on copies in float64. If they differ, it is found out which layers are to blame, and the others are fused.
 
     Args:
         model: with batch normalization layers, torch.nn's, ours or other libraries'; in any mode, which it keeps.
@@ -73,16 +74,50 @@ def fuse_activations(
             f"{type(model).__name__} has no batch normalization layer. Where torch.export has made operators of its "
             "layers, fuse before exporting."
         )
-    fusion = _Fusion(_copied(model), given)
-    work = fusion.run()
-    agreement, notes = compare_training(model, work, given)
+    refused: dict[str, str] = {}
+    fusion, work, (agreement, notes) = _tried(model, given, refused)
+    names = [one.names[0] for one in fusion.changed]
+    if not agreement.holds and len(names) > 1:
+        refused = _to_blame(model, given, names)
+        if len(refused) < len(names):
+            fusion, work, (agreement, notes) = _tried(model, given, refused)
     if not agreement.holds:
         notes = (*notes, "refused: before and after differ, and the network is as it came")
         left = tuple(Skipped(place.name, "the network was given back as it came") for place in found)
         return model if inplace else _copied(model), SurgeryReport("fuse", (), left, agreement, notes)
     if inplace:
-        work = _Fusion(model, given).run()
+        work = _Fusion(model, given, refused).run()
     return work, SurgeryReport("fuse", tuple(fusion.changed), fusion.skipped(), agreement, notes)
+
+
+def _tried(
+    model: torch.nn.Module, given: Arguments, refused: Mapping[str, str]
+) -> tuple[_Fusion, torch.nn.Module, Checked]:
+    """A copy of the network fused but for the layers in `refused`, and compared."""
+    fusion = _Fusion(_copied(model), given, refused)
+    work = fusion.run()
+    return fusion, work, compare_training(model, work, given)
+
+
+def _to_blame(model: torch.nn.Module, given: Arguments, names: list[str]) -> dict[str, str]:
+    """Which of the layers cannot be fused, each with what it came to; the others can be fused together.
+
+    By halves: one comparison for each half that holds, a few more for each layer that does not.
+    """
+    kept: list[str] = []
+    refused: dict[str, str] = {}
+    waiting = [names]
+    while waiting:
+        some = waiting.pop()
+        others = {name: "" for name in names if name not in (*kept, *some)}
+        agreement = _tried(model, given, others)[2].agreement
+        if agreement.holds:
+            kept += some
+        elif len(some) == 1:
+            refused[some[0]] = f"fused, the network computes something else ({agreement.max_relative:.2g} off)"
+        else:
+            waiting += [some[: len(some) // 2], some[len(some) // 2 :]]
+    return refused
 
 
 @dataclasses.dataclass
@@ -96,8 +131,9 @@ class _Found:
 class _Fusion:
     """One model in the course of fusing, in place."""
 
-    def __init__(self, model: torch.nn.Module, given: Arguments) -> None:
+    def __init__(self, model: torch.nn.Module, given: Arguments, refused: Mapping[str, str]) -> None:
         self.model = model
+        self.refused = refused
         self.places: dict[torch.nn.Module, Place] = {place.module: place for place in normalizations(model)}
         self.names = {module: name for name, module in model.named_modules()}
         self.changed: list[Changed] = []
@@ -123,8 +159,9 @@ class _Fusion:
         )
 
     def _fuse_block(self, block: torch.nn.Module) -> None:
-        looked_into = tail_sequences(block, lambda module: module in self.places)
-        own = {layer for part in (block, *looked_into) for layer in part.children() if layer in self.places}
+        looked_into = tail_sequences(block, lambda module: module in self.places, self.seen)
+        parts = {*parts_of(block, self.seen), *(part for one in looked_into for part in one.children())}
+        own = {layer for layer in parts if layer in self.places}
         if isinstance(block, GraphModule):
             own = {layer for layer in self.places if layer in set(block.modules())}
         own -= self.done
@@ -177,7 +214,8 @@ class _Fusion:
     def _one_for_each(self, block: torch.nn.Module, found: list[_Found]) -> list[_Found]:
         """Of two layers that are added to one another one takes the activation: the block's own before a part's."""
         chosen: dict[Node, _Found] = {}
-        for one in sorted(found, key=lambda one: one.layer not in set(block.children())):
+        own = set(parts_of(block, self.seen))
+        for one in sorted(found, key=lambda one: one.layer not in own):
             other = chosen.setdefault(one.pattern.activation, one)
             if other is not one:
                 name = self.places[other.layer].name
@@ -186,6 +224,8 @@ class _Fusion:
 
     def _check(self, layer: torch.nn.Module) -> None:
         """Raises NoPatternError unless the layer could take an activation."""
+        if (name := self.places[layer].name) in self.refused:
+            raise NoPatternError(self.refused[name])
         if reason := why_watched(layer):
             raise NoPatternError(reason)
         reading = read(layer)
@@ -250,9 +290,12 @@ class _Fusion:
             return
         if reading.activation is None or reading.behind or layer not in self.seen:
             return
-        before, name = titled(core_class(layer)), reading.activation
-        _become_ours(layer, name)
-        self._note(layer, f"{before} -> {type(layer).__name__} + {name}", "its own activation")
+        if (name := self.places[layer].name) in self.refused:
+            self.reasons[layer] = self.refused[name]
+            return
+        before, activation = titled(core_class(layer)), reading.activation
+        _become_ours(layer, activation)
+        self._note(layer, f"{before} -> {type(layer).__name__} + {activation}", "its own activation")
 
     def _note(self, layer: torch.nn.Module, what: str, how: str) -> None:
         self.done.add(layer)

@@ -50,19 +50,20 @@ def compare_training(before: torch.nn.Module, after: torch.nn.Module, given: Arg
             first = outputs_of(pair[0].eval(), inputs)
             notes.append("the network does not run in float64 and was compared in its own dtype")
         pairs: list[tuple[Any, Any]] = []
-        try:
-            pairs.append((first, outputs_of(pair[1].eval(), inputs)))
-        except Exception as error:
-            notes.append(f"the fused network does not run, {type(error).__name__}: {error}")
-            return Checked(Agreement(float("inf"), float("inf"), tolerance, 1), tuple(notes))
+        old: _Run | None = None
         try:
             old = _trained(pair[0], inputs)
         except Exception as error:  # one value a channel, targets that are missing
             notes.append(
                 f"training was not compared: in training mode the example gives {type(error).__name__}: {error}"
             )
-        else:
-            pairs.append((tuple(old), tuple(_trained(pair[1], inputs))))
+        try:
+            pairs.append((first, outputs_of(pair[1].eval(), inputs)))
+            if old is not None:
+                pairs.append((tuple(old), tuple(_trained(pair[1], inputs))))
+        except Exception as error:
+            notes.append(f"the fused network does not run, {type(error).__name__}: {error}")
+            return Checked(Agreement(float("inf"), float("inf"), tolerance, 1), tuple(notes))
     agreement = compare(pairs, tolerance=tolerance)
     # One example, in several modes.
     return Checked(Agreement(agreement.max_absolute, agreement.max_relative, tolerance, 1), tuple(notes))

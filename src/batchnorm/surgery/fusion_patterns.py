@@ -49,8 +49,6 @@ class Pattern(NamedTuple):
 
     layer: Node
     addition: Node | None
-    residual: Node | None
-    """What is added; None without an addition."""
     activation: Node
     name: Activation
     passed: tuple[Node, ...]
@@ -73,20 +71,24 @@ def pattern_at(layer: Node, module_at: ModuleAt, shapes: Shapes) -> Pattern:
     passed: list[Node] = []
     after, last = _next(layer, module_at, passed)
     if (name := _activation(after, last, module_at)) is not None:
-        return Pattern(layer, None, None, after, name, tuple(passed))
+        return Pattern(layer, None, after, name, tuple(passed))
     if not _is_addition(after):
         raise NoPatternError(f"after it comes {said(after, module_at)}")
-    residual = _residual(after, last, layer, shapes)
+    _check_residual(after, last, layer, shapes)
     activation, last = _next(after, module_at, passed)
     name = _activation(activation, last, module_at)
     if name is None:
         raise NoPatternError(f"after it comes an addition, then {said(activation, module_at)}")
-    return Pattern(layer, after, residual, activation, name, tuple(passed))
+    return Pattern(layer, after, activation, name, tuple(passed))
 
 
 def fuse_in(graph: Graph, pattern: Pattern) -> None:
     """Makes one call of the pattern's calls."""
-    new_args = pattern.layer.args if pattern.residual is None else (pattern.layer.args[0], pattern.residual)
+    new_args = pattern.layer.args
+    if pattern.addition is not None:
+        # Looked up now: what is added may have been fused since, and another node stands for it then.
+        (residual,) = (one for one in pattern.addition.args if one not in (pattern.layer, *pattern.passed))
+        new_args = (*new_args, residual)
     # Where the addition stood both of its sides are there, and what is added has not been written into since.
     with graph.inserting_before(pattern.addition or pattern.layer):
         new = graph.call_module(str(pattern.layer.target), new_args)
@@ -157,7 +159,8 @@ def _is_addition(node: Node) -> bool:
     return node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs
 
 
-def _residual(addition: Node, value: Node, layer: Node, shapes: Shapes) -> Node:
+def _check_residual(addition: Node, value: Node, layer: Node, shapes: Shapes) -> None:
+    """Raises NoPatternError where what is added to `value` cannot be a layer's residual."""
     first, second = addition.args
     other = second if first is value else first
     if not isinstance(other, Node) or other is value:
@@ -170,7 +173,6 @@ def _residual(addition: Node, value: Node, layer: Node, shapes: Shapes) -> Node:
     source = layer.args[0]
     if isinstance(source, Node) and any(_writes(user) for user in source.users if user.args[:1] == (source,)):
         raise NoPatternError("its input is written to in place by something else")
-    return other
 
 
 def _writes(node: Node) -> bool:

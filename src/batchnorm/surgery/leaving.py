@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from batchnorm.layers.followed import FOLLOWED
 from batchnorm.layers.inventory import is_frozen
 from batchnorm.surgery.activations import activation_module
 from batchnorm.surgery.assembly import STATISTICS, assemble, in_sequence, narrow_statistics, settings_of
@@ -18,7 +19,8 @@ _TORCHS: dict[int | None, Any] = {1: torch.nn.BatchNorm1d, 2: torch.nn.BatchNorm
 def of_torch(reading: Reading, use: Use) -> Built | str:
     """What the layer was before it became ours; for one that was made by hand, torch.nn's twin."""
     home, origin = reading.home, reading.origin
-    if not reading.known.is_ours:
+    is_group = reading.known.family == "group"
+    if not reading.known.is_ours and not is_group:
         return f"it is a {titled(core_class(reading.layer))} already"
     why_not = _why_not_torch(reading, use)
     if why_not:
@@ -36,8 +38,10 @@ def of_torch(reading: Reading, use: Use) -> Built | str:
     keeps = reading.known.family == now
     notes = [no_longer(reading, now), "freeze() holds it as before" if is_frozen(reading.layer) else ""]
     if is_as_it_was:
-        return Built(new, titled(kind), keeps, note=joined(notes))
-    return _with_activation(new, titled(kind), reading, keeps, notes)
+        built: Built | str = Built(new, titled(kind), keeps, note=joined(notes))
+    else:
+        built = _with_activation(new, titled(kind), reading, keeps, notes)
+    return built if isinstance(built, str) else built._replace(keeps_evaluation=not is_group)
 
 
 def grouped(reading: Reading, most: int | None, use: Use) -> Built | str:
@@ -54,13 +58,23 @@ def grouped(reading: Reading, most: int | None, use: Use) -> Built | str:
     if most is None:
         most = min(32, max(1, channels // (16 if reading.home.rank == 1 else 2)))
     groups = largest_divisor(channels, most)
+    if getattr(reading.layer, "num_groups", None) == groups:
+        return f"it is a GroupNorm with {groups} groups already"
     fresh = torch.nn.GroupNorm(groups, channels, eps, reading.is_affine, device="meta")
-    new = assemble(reading, torch.nn.GroupNorm, settings_of(fresh), remembers=False)
-    dropped = [name for name in (*STATISTICS, "num_batches_tracked") if new._buffers.pop(name, None) is not None]
-    note = f"dropped: {', '.join(dropped)}" if dropped else ""
+    kind: Any = FOLLOWED[torch.nn.GroupNorm] if reading.behind or reading.activation else torch.nn.GroupNorm
+    new = assemble(reading, kind, settings_of(fresh))
+    # On the origin they wait for the way back.
+    there = [name for name in (*STATISTICS, "num_batches_tracked") if name in new._buffers]
+    reading.origin.statistics = {name: new._buffers.pop(name) for name in there}
+    behind: tuple[str, ...] = reading.behind
+    if reading.activation is not None:
+        new.activation = reading.activation  # type: ignore[assignment]
+        act = reading.origin.modules.get("act") or activation_module(reading.activation)
+        new._modules["act"] = act.train(reading.layer.training)
+        behind = ("act",)
+    note = f"set aside: {', '.join(there)}; they are no part of its state_dict" if there else ""
     what = f"torch.nn.GroupNorm, {groups} group{'s' if groups > 1 else ''} of {channels // groups} channels"
-    built = _with_activation(new, what, reading, False, [note])
-    return built if isinstance(built, str) else built._replace(keeps_evaluation=False)
+    return Built(new, ", then ".join([what, *behind]), False, keeps_evaluation=False, note=note)
 
 
 def no_longer(reading: Reading, now: Family) -> str:
@@ -69,6 +83,9 @@ def no_longer(reading: Reading, now: Family) -> str:
         "sync": "statistics of this rank's batch alone from now on",
         "ghost": "normalises whole batches from now on",
         "renorm": "without the correction towards the running statistics from now on",
+        "decorrelated": "without whitening from now on",
+        "group": "batch normalization is another function; its running statistics are those from before it was "
+        "GroupNorm: recalibrate()",
     }
     return "" if reading.known.family == now else lost.get(reading.known.family, "")
 

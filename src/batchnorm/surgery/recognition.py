@@ -22,7 +22,7 @@ from batchnorm.layers.sync import SyncBatchNorm
 from batchnorm.surgery.activations import fusable, has_hooks
 from batchnorm.surgery.freezing import Held, held_class
 
-Family: TypeAlias = Literal["batchnorm", "sync", "ghost", "renorm", "decorrelated", "frozen"]
+Family: TypeAlias = Literal["batchnorm", "sync", "ghost", "renorm", "decorrelated", "frozen", "group"]
 """What a layer computes in training."""
 
 
@@ -49,6 +49,7 @@ _KNOWN: dict[type, Known] = {
     BatchRenorm: Known("renorm", None, True),
     DecorrelatedBatchNorm: Known("decorrelated", None, True),
     FrozenBatchNorm: Known("frozen", None, True),
+    torch.nn.GroupNorm: Known("group", None),
 }
 _KNOWN |= {followed: _KNOWN[plain] for plain, followed in FOLLOWED.items()}
 
@@ -63,7 +64,7 @@ _OF_LIBRARIES: dict[tuple[str, str], Known] = {
 
 SETTINGS = frozenset(
     {"num_features", "eps", "momentum", "affine", "track_running_stats", "process_group", "activation", "channel_axis"}
-    | {"ghost_size", "r_max", "d_max", "group_size", "method", "_has_warned", "_stage", "_last", "_origin"}
+    | {"ghost_size", "r_max", "d_max", "group_size", "method", "num_groups", "num_channels", "_has_warned", "_stage", "_last", "_origin"}
 )
 """What constructors of known layers set. Anything else on a layer is its user's, and goes with it."""
 
@@ -90,6 +91,8 @@ class Origin:
     """Submodules that are fused now."""
     parameters: dict[str, torch.nn.Parameter] = dataclasses.field(default_factory=dict)
     """Of a layer that is fixed now: optimizers may hold on to them."""
+    statistics: dict[str, torch.Tensor | None] = dataclasses.field(default_factory=dict)
+    """The buffers of a layer that has no place for them now, as GroupNorm."""
 
 
 class Reading(NamedTuple):
@@ -127,7 +130,8 @@ class Reading(NamedTuple):
     @property
     def has_statistics(self) -> bool:
         """Whether it keeps running statistics."""
-        return all(getattr(self.layer, name, None) is not None for name in ("running_mean", "running_var"))
+        var = "running_covariance" if self.known.family == "decorrelated" else "running_var"
+        return all(getattr(self.layer, name, None) is not None for name in ("running_mean", var))
 
     def setting(self, name: str, default: Any = None) -> Any:
         """A setting of the layer, or the one from before its conversion."""
@@ -141,6 +145,11 @@ def is_candidate(module: torch.nn.Module) -> bool:
     if isinstance(module, _BatchNorm | DecorrelatedBatchNorm | FrozenBatchNorm | DomainBatchNorm):
         return True
     return {"running_mean", "running_var"} <= set(module._buffers) and not isinstance(module, _InstanceNorm)
+
+
+def is_group(module: torch.nn.Module) -> bool:
+    """Whether `convert` made it group normalization; what others made is nothing that it knows the way back from."""
+    return isinstance(module, torch.nn.GroupNorm) and "_origin" in vars(module)
 
 
 def read(layer: torch.nn.Module) -> Reading | str:
@@ -172,8 +181,11 @@ def read(layer: torch.nn.Module) -> Reading | str:
         tuple(layer._buffers),
     )
     if not is_followed or issubclass(core, Followed):
+        activation = getattr(layer, "activation", None)
         behind = tuple(name for name in BEHIND if is_followed and name in children)
-        return Reading(layer, known, origin, getattr(layer, "activation", None), behind)
+        if known.family == "group" and activation is not None:
+            behind = ()  # it fuses nothing: a module stands there for the activation
+        return Reading(layer, known, origin, activation, behind)
     can_fuse, activation = _fused(layer)
     if can_fuse:
         origin.modules = {name: layer._modules[name] for name in children}

@@ -23,12 +23,15 @@ class Agreement:
             counts as infinite.
         tolerance: the largest max_relative that passes.
         inputs: how many inputs were compared.
+        own_rounding: as max_relative, how far the network as it came is off its own outputs in float64, or, of a
+            file, off those that onnxruntime's optimisations give; None where that was not looked at. Where it is given, the tolerance goes by it.
     """
 
     max_absolute: float
     max_relative: float
     tolerance: float
     inputs: int
+    own_rounding: float | None = None
 
     @property
     def holds(self) -> bool:
@@ -37,15 +40,16 @@ class Agreement:
 
     def __str__(self) -> str:
         verdict = "verified" if self.holds else "NOT EQUAL"
+        own = "" if self.own_rounding is None else f"; the network's own rounding error is {self.own_rounding:.2g}"
         return (
             f"{verdict}: largest difference {self.max_absolute:.2g}, {self.max_relative:.2g} of the largest output "
-            f"(at most {self.tolerance:.2g}), {self.inputs} input{'s' if self.inputs != 1 else ''}"
+            f"(at most {self.tolerance:.2g}{own}), {self.inputs} input{'s' if self.inputs != 1 else ''}"
         )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; a number that is not finite becomes a word."""
         fields = dataclasses.asdict(self)
-        shown = {key: value if math.isfinite(value) else str(value) for key, value in fields.items()}
+        shown = {key: value if value is None or math.isfinite(value) else str(value) for key, value in fields.items()}
         return {**shown, "holds": self.holds}
 
 

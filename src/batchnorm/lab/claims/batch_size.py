@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
+from batchnorm.lab.claim import Card, Figures, Measure, Record, Reported, Verdict
 from batchnorm.lab.config import Job, Network, Norm, Run, Tier, Training, stacked
 from batchnorm.lab.measures import (
     accuracy_over_seeds,
@@ -53,6 +53,7 @@ CARD = Card(
     threshold=f"From batch {USUAL} to batch {SMALLEST}, batch normalization loses at least {HURTS:g} points of test "
     f"accuracy at its own best rate for each size, and more than layer normalization does (lower ends of the "
     f"intervals). Partly: it loses some, or more than layer normalization.",
+    reported=(Reported("loss", 34.7 - 23.6, "Wu & He: ResNet-50 on ImageNet"),),
 )
 
 
@@ -118,19 +119,18 @@ def judge(measures: Sequence[Measure]) -> Verdict:
 def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     """Test accuracy over the batch size, both arms at their own best rates."""
     from batchnorm.reporting.figures import BLUE, DASHES, GREEN, legend, panel
+    from batchnorm.reporting.spreads import over
 
     drawing, axes = panel("Accuracy at each batch size, own best rates", "batch size", "test accuracy (%)")
     for arm, colour, dashes in ((NORMALISED, BLUE, DASHES[0]), (LAYER, GREEN, DASHES[1])):
         by_size = [find(measures, f"accuracy_{_NORMS[arm]}_{size}") for size in SIZES]
-        lowest, highest = [min(one.values) for one in by_size], [max(one.values) for one in by_size]
-        axes.fill_between(SIZES, lowest, highest, color=colour, alpha=0.2)
-        axes.plot(SIZES, [one.mean for one in by_size], color=colour, linestyle=dashes, marker="o", label=arm)
+        over(axes, SIZES, by_size, color=colour, linestyle=dashes, label=arm)
     axes.set_xscale("log", base=2)
     axes.set_xticks(SIZES, [str(size) for size in SIZES])
     legend(axes)
     means = {arm: [find(measures, f"accuracy_{_NORMS[arm]}_{size}").mean for size in SIZES] for arm in _NORMS}
     words = "; ".join(f"{arm} {', '.join(f'{value:.1f}' for value in values)}" for arm, values in means.items())
-    alt = f"Test accuracy in % at batch sizes {', '.join(map(str, SIZES))}, mean and range of the seeds: {words}."
+    alt = f"Test accuracy in % at batch sizes {', '.join(map(str, SIZES))}, mean, interval and every seed: {words}."
     return {"sizes": (drawing, alt)}
 
 

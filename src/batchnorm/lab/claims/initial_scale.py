@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
 from batchnorm.lab.config import Job, Network, Run, Tier, Training, stacked
 from batchnorm.lab.measures import (
+    accuracy_over_seeds,
     at_best_rate,
     at_rate,
     best_rate,
@@ -114,28 +115,26 @@ def judge(measures: Sequence[Measure]) -> Verdict:
 
 
 def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
-    """Test accuracy over the initial scale at own best rates: mean of the seeds, with the range between them."""
+    """Test accuracy over the initial scale at own best rates: mean, interval and every seed."""
     from batchnorm.reporting.figures import BLUE, DASHES, GREY, ORANGE, legend, log_axis, panel
+    from batchnorm.reporting.spreads import over
 
     drawing, axes = panel(
         "Accuracy at each initial scale", "standard deviation of the initial weights", "test accuracy (%)"
     )
     for arm, colour, dashes in ((NORMALISED, BLUE, DASHES[0]), (PLAIN, ORANGE, DASHES[1])):
         chosen = _at_own_best(of_arm(records, arm))
-        scales = list(chosen)
-        each = [[100 * last(record, "test_accuracy") for record in chosen[scale]] for scale in scales]
-        axes.fill_between(scales, [min(row) for row in each], [max(row) for row in each], color=colour, alpha=0.2)
-        means = [sum(row) / len(row) for row in each]
-        axes.plot(scales, means, color=colour, linestyle=dashes, marker="o", label=arm)
+        each = [accuracy_over_seeds(arm, arm, of) for of in chosen.values()]
+        over(axes, list(chosen), each, color=colour, linestyle=dashes, label=arm)
     axes.axhline(100 * TRAINS, color=GREY, linewidth=1, linestyle=":")
     log_axis(axes.xaxis)
     axes.set_ylim(0, 100)
     legend(axes)
     widths = [find(measures, f"window_{arm}_own").mean for arm in ("batch_norm", "plain")]
     alt = (
-        f"Test accuracy over the initial standard deviation on a logarithmic axis, each at its own best rate, mean and "
-        f"range of the seeds. Above the dotted line at {TRAINS:.0%} are {widths[0]:.2f} powers of ten with batch norm "
-        f"and {widths[1]:.2f} without."
+        f"Test accuracy over the initial standard deviation on a logarithmic axis, each at its own best rate: mean, "
+        f"interval and every seed. Above the dotted line at {TRAINS:.0%} are {widths[0]:.2f} powers of ten with batch "
+        f"norm and {widths[1]:.2f} without."
     )
     return {"scales": (drawing, alt)}
 

@@ -126,23 +126,23 @@ def judge(measures: Sequence[Measure]) -> Verdict:
 
 
 def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
-    """Test accuracy over the rate: mean of the seeds, with the range between them."""
+    """Test accuracy over the rate: mean, interval and every seed."""
     from batchnorm.reporting.figures import BLUE, DASHES, GREY, ORANGE, legend, log_axis, panel
+    from batchnorm.reporting.spreads import over
 
     drawing, axes = panel("Accuracy at each learning rate", "learning rate", "test accuracy (%)")
     for arm, colour, dashes in ((NORMALISED, BLUE, DASHES[0]), (PLAIN, ORANGE, DASHES[1])):
         of = of_arm(records, arm)
         rates = sorted({record["rate"] for record in of})
-        each = [[100 * last(record, "test_accuracy") for record in at_rate(of, rate)] for rate in rates]
-        axes.fill_between(rates, [min(row) for row in each], [max(row) for row in each], color=colour, alpha=0.2)
-        axes.plot(rates, [sum(row) / len(row) for row in each], color=colour, linestyle=dashes, label=arm)
+        each = [accuracy_over_seeds(arm, arm, at_rate(of, rate)) for rate in rates]
+        over(axes, rates, each, color=colour, linestyle=dashes, label=arm)
     axes.axhline(100 * TRAINS, color=GREY, linewidth=1, linestyle=":")
     log_axis(axes.xaxis)
     axes.set_ylim(0, 100)
     legend(axes)
     windows = [find(measures, f"window_{key(arm)}").mean for arm in (NORMALISED, PLAIN)]
     alt = (
-        f"Test accuracy over the learning rate on a logarithmic axis, mean and range of the seeds. Above the dotted "
+        f"Test accuracy over the learning rate on a logarithmic axis, mean, interval and every seed. Above the dotted "
         f"line at {TRAINS:.0%} are {windows[0]:.2f} powers of ten with batch norm and {windows[1]:.2f} without."
     )
     return {"rates": (drawing, alt)}

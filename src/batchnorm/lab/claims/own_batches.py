@@ -81,16 +81,16 @@ def judge(measures: Sequence[Measure]) -> Verdict:
 def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     """Test accuracy over the batch size, every seed a dot."""
     from batchnorm.reporting.figures import BLUE, DASHES, GREEN, legend, log_axis, panel
+    from batchnorm.reporting.spreads import over
 
     drawing, axes = panel("Accuracy at each batch size", "images in a batch", "test accuracy (%)")
     told = []
     for arm, colour, dashes in zip(ARMS, (BLUE, GREEN), DASHES, strict=False):
         of = [find(measures, f"{key(arm)}_{size}") for size in SIZES]
-        axes.plot(SIZES, [one.mean for one in of], color=colour, linestyle=dashes, label=arm)
-        for size, one in zip(SIZES, of, strict=True):
-            axes.plot([size] * len(one.values), one.values, color=colour, linestyle="", marker=".")
+        over(axes, SIZES, of, color=colour, linestyle=dashes, label=arm)
         told.append(f"{arm} {of[0].mean:.1f} to {of[-1].mean:.1f} %")
     log_axis(axes.xaxis)
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
     axes.set_ylim(bottom=0)
     legend(axes)
     return {"sizes": (drawing, f"Test accuracy over the batch size, smallest to largest: {'; '.join(told)}.")}

@@ -87,17 +87,15 @@ def judge(measures: Sequence[Measure]) -> Verdict:
 
 
 def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
-    """Test accuracy over the rate, mean and range of the seeds."""
+    """Test accuracy over the rate, mean, interval and every seed."""
     from batchnorm.reporting.figures import BLUE, DASHES, GREEN, ORANGE, legend, log_axis, panel
+    from batchnorm.reporting.spreads import over
 
     drawing, axes = panel("Accuracy at each learning rate", "learning rate", "test accuracy (%)")
     told = []
     for arm, colour, dashes in zip(ARMS, (BLUE, ORANGE, GREEN), DASHES, strict=False):
         of = [find(measures, f"{key(arm)}_at_{rate:g}") for rate in RATES]
-        axes.plot(RATES, [one.mean for one in of], color=colour, linestyle=dashes, label=arm)
-        axes.fill_between(
-            RATES, [min(one.values) for one in of], [max(one.values) for one in of], color=colour, alpha=0.2
-        )
+        over(axes, RATES, of, color=colour, linestyle=dashes, label=arm)
         told.append(f"{arm} {find(measures, f'best_{key(arm)}').mean:.1f} %")
     log_axis(axes.xaxis)
     axes.set_ylim(bottom=0)

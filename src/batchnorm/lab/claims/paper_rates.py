@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
+from batchnorm.lab.claim import Card, Figures, Measure, Record, Reported, Verdict
 from batchnorm.lab.config import ImageKind, ImageNetwork, ImageTraining, Job, Run, Tier, even_steps
 from batchnorm.lab.fit import fit as run
 from batchnorm.lab.measures import (
@@ -35,6 +35,9 @@ PLAIN, SIGMOID, BN_SIGMOID = "plain", "plain, sigmoid", "BN-x5-Sigmoid"
 TIMES = {"BN-Baseline": 1.0, "BN-x5": 5.0, "BN-x30": 30.0}
 NAMES: dict[ImageKind, str] = {"inception": "Inception", "vgg": "VGG"}
 WEIGHT_DECAY = 5e-4
+PAPER = {PLAIN: (31.0, 72.2), "BN-Baseline": (13.3, 72.7), "BN-x5": (2.1, 73.0), "BN-x30": (2.7, 74.8)}
+"""The paper's figure 3: millions of steps to 72.2 %, best accuracy in %."""
+WHERE = "paper: Inception on ImageNet"
 
 CARD = Card(
     name="paper_rates",
@@ -58,6 +61,12 @@ CARD = Card(
     threshold=f"Steps of the plain network over those of BN-x5 to the plain network's best validation accuracy: at "
     f"least {FEWER:g} on both networks, and the best of the BN arms ends higher on the test images on both (lower ends "
     f"of the intervals). Partly: one of these holds.",
+    reported=(
+        *(Reported(f"steps_inception_{key(arm)}", PAPER[PLAIN][0] / PAPER[arm][0], WHERE) for arm in TIMES),
+        *(Reported(f"accuracy_inception_{key(arm)}", accuracy, WHERE) for arm, (_, accuracy) in PAPER.items()),
+        Reported(f"accuracy_inception_{key(BN_SIGMOID)}", 69.8, WHERE),
+        Reported("gain_inception", PAPER["BN-x30"][1] - PAPER[PLAIN][1], WHERE),
+    ),
 )
 
 

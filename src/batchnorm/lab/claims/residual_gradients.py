@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
+from batchnorm.lab.claim import Card, Figures, Measure, Record, Reported, Verdict
 from batchnorm.lab.config import ImageNetwork, ImageTraining, Job, Run, Tier
 from batchnorm.lab.fit import batches, data_of, image_shape
 from batchnorm.lab.gradients import loss_and_gradients, norm, weights_of
@@ -29,6 +29,7 @@ EXPLODES = 1.1
 """Shown: without shortcuts the gradient grows by at least this a layer towards the input, and ..."""
 TAMED = 1.05
 """... with them by at most this."""
+MEAN_FIELD = math.sqrt(math.pi / (math.pi - 1))
 DEPTH, WIDTH, BATCH = 21, 16, 128
 _NETWORKS = {
     "plain": ImageNetwork(kind="plain", norm="none", depth=DEPTH, width=WIDTH),
@@ -44,7 +45,7 @@ CARD = Card(
     claim="At initialisation the gradients of a deep network with batch normalization and ReLU grow exponentially "
     "towards the input; residual connections keep them level.",
     source="Yang et al. 2019 (arXiv 1902.08129); De & Smith 2020 (arXiv 2002.10444)",
-    paper_figure=f"a factor of {math.sqrt(math.pi / (math.pi - 1)):.2f} a layer at infinite width and batch in the "
+    paper_figure=f"a factor of {MEAN_FIELD:.2f} a layer at infinite width and batch in the "
     "first; about 1 for residual blocks in the second",
     setup=f"No training: one batch of {BATCH} images averaged down to 16x16 through {DEPTH} 3x3 convolutions of "
     f"{WIDTH} channels, He's initial weights. For each convolution the norm of its weights' gradient; the factor a "
@@ -53,6 +54,7 @@ CARD = Card(
     "factor differs from the one in the limit.",
     threshold=f"Factor a layer towards the input: at least {EXPLODES:g} for plain + BN, at most {TAMED:g} for "
     f"residual + BN (ends of the intervals). Partly: one of them.",
+    reported=(Reported("factor_plain_bn", MEAN_FIELD, "mean-field theory, infinite width and batch"),),
 )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
+from batchnorm.lab.claim import Card, Figures, Measure, Record, Reported, Verdict
 from batchnorm.lab.config import Inputs, Job, Network, Run, Tier, Training, spaced_steps, stacked
 from batchnorm.lab.measures import (
     accuracy_over_seeds,
@@ -54,6 +54,10 @@ CARD = Card(
     threshold=f"Steps to {LEVEL:.0%} test accuracy, without over with: at least {FEWER:g} at each arm's own best rate, "
     f"and more than 1 at equal rate and in the control (lower ends of the intervals). Partly: more than 1 at the own "
     f"best rates or at equal rate.",
+    reported=(
+        Reported("ratio_own", 31.0 / 2.1, "paper: Inception on ImageNet, BN at five times the rate"),
+        Reported("ratio_equal", 31.0 / 13.3, "paper: Inception on ImageNet, same rate"),
+    ),
 )
 
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
+from batchnorm.lab.claim import Card, Figures, Measure, Record, Reported, Verdict
 from batchnorm.lab.config import ImageNetwork, ImageNorm, ImageTraining, Job, Run, Tier
 from batchnorm.lab.fit import fit as run
-from batchnorm.lab.measures import accuracy_over_seeds, find, gain_over_seeds, of_arm, said
+from batchnorm.lab.measures import (
+    accuracy_over_seeds,
+    find,
+    gain_over_seeds,
+    measure_over_seeds,
+    of_arm,
+    said,
+)
 
 __all__ = ["CARD", "figure", "jobs", "judge", "measure", "run"]
 
@@ -24,6 +31,12 @@ NORMS: dict[str, ImageNorm] = {
     "instance": "instance",
     "renorm": "renorm",
 }
+ERRORS = {
+    "batch": {2: 34.7, 4: 27.3, 8: 24.8, 16: 23.7, 32: 23.6},
+    "group": {2: 24.1, 4: 24.2, 8: 24.0, 16: 24.2, 32: 24.1},
+}
+"""Table 2 of Wu & He: error in % by the number of images in a batch."""
+WHERE = "Wu & He: ResNet-50 on ImageNet"
 GHOST = "ghost"
 """Ghost batches of 16 need larger batches than that: they stand at the two largest sizes only."""
 
@@ -43,6 +56,13 @@ CARD = Card(
     "Rates are scaled by rule, not tuned for each size.",
     threshold=f"Test accuracy of batch normalization at batch {LARGE} less that at {SMALL}: at least {LOSES:g} points, "
     f"and group normalization loses fewer points (lower ends of the intervals). Partly: it loses more than 0.",
+    reported=(
+        *(Reported(f"lost_{name}", of[SMALL] - of[LARGE], WHERE) for name, of in ERRORS.items()),
+        *(
+            Reported(f"group_over_batch_{size}", ERRORS["batch"][size] - ERRORS["group"][size], WHERE)
+            for size in (SMALL, LARGE)
+        ),
+    ),
 )
 
 
@@ -91,22 +111,42 @@ def judge(measures: Sequence[Measure]) -> Verdict:
 
 
 def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
-    """Test accuracy over the batch size, mean and range of the seeds."""
-    from batchnorm.reporting.figures import DASHES, PALETTE, legend, log_axis, panel
+    """Test accuracy over the batch size, and what small batches lose beside what the paper's lose."""
+    from batchnorm.reporting.figures import BLUE, DASHES, ORANGE, PALETTE, legend, log_axis, panel
+    from batchnorm.reporting.spreads import REPORTED, over
 
     drawing, axes = panel("Accuracy at each batch size", "images in a batch", "test accuracy (%)", height=1.15)
     told = []
     for name, colour, dashes in zip((*NORMS, GHOST), PALETTE, DASHES, strict=True):
         sizes = [size for size in SIZES if name != GHOST or size >= LARGE]
         of = [find(measures, f"accuracy_{name}_{size}") for size in sizes]
-        axes.plot(sizes, [one.mean for one in of], color=colour, linestyle=dashes, label=name, marker="o")
-        for size, one in zip(sizes, of, strict=True):
-            axes.plot([size] * len(one.values), one.values, color=colour, linestyle="", marker=".", alpha=0.5)
+        over(axes, sizes, of, color=colour, linestyle=dashes, label=name)
         told.append(f"{name} {of[0].mean:.1f} to {of[-1].mean:.1f} %")
     log_axis(axes.xaxis)
+    axes.set_xticks(SIZES, [str(size) for size in SIZES])
     legend(axes)
     alt = f"Test accuracy over the batch size on a logarithmic axis, first and last: {'; '.join(told)}."
-    return {"sizes": (drawing, alt)}
+    lost, axes = panel("Accuracy less that at batch 32", "images in a batch", "percentage points", height=1.15)
+    sizes = [size for size in SIZES if size <= LARGE]
+    for (name, errors), colour, dashes in zip(ERRORS.items(), (BLUE, ORANGE), DASHES, strict=False):
+        large = find(measures, f"accuracy_{name}_{LARGE}").values
+        of = [_less(find(measures, f"accuracy_{name}_{size}"), large) for size in sizes]
+        over(axes, sizes, of, color=colour, linestyle=dashes, label=f"{name}, here")
+        gone = [errors[LARGE] - error for error in errors.values()]
+        axes.plot(list(errors), gone, **{**REPORTED, "color": colour}, label=f"{name}, {WHERE}")
+    log_axis(axes.xaxis)
+    axes.set_xticks(list(ERRORS["batch"]), [str(size) for size in ERRORS["batch"]])
+    legend(axes, columns=1)
+    beside = "; ".join(f"{name} {errors[LARGE] - errors[SMALL]:.1f}" for name, errors in ERRORS.items())
+    return {
+        "sizes": (drawing, alt),
+        "lost": (lost, f"Accuracy less that at batch {LARGE}. Reported at batch {SMALL} ({WHERE}): {beside} points."),
+    }
+
+
+def _less(measure: Measure, others: Sequence[float]) -> Measure:
+    values = [value - other for value, other in zip(measure.values, others, strict=True)]
+    return measure_over_seeds(measure.name, measure.label, "points", values)
 
 
 def _network(norm: ImageNorm) -> ImageNetwork:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from batchnorm.lab.claim import Card, Figures, Measure, Record, Verdict
+from batchnorm.lab.claim import Card, Figures, Measure, Record, Reported, Verdict
 from batchnorm.lab.config import Job, Network, Run, Tier, Training
 from batchnorm.lab.data import load
 from batchnorm.lab.measures import (
@@ -75,6 +75,10 @@ CARD = Card(
     threshold=f"The plain sigmoid network keeps at most {VANISHES:g} of the gradient a layer (0.25, and room for the "
     f"draw of the weights) and the one with batch normalization at least {SURVIVES:g} (ends of the intervals). Partly: "
     "one of the two.",
+    reported=(
+        Reported("factor_sigmoid", 0.25, "the most that the sigmoid's slope allows"),
+        Reported("factor_relu_bn", MEAN_FIELD, "mean-field theory, infinite width and batch"),
+    ),
 )
 
 
