@@ -215,7 +215,7 @@ template <class Pass> class PlanarRun {
       together_ = runs_together(call_.N * call_.C, call_.L, bytes_of(call_.dtype), threads);
       run_tasks((call_.N * call_.C + together_ - 1) / together_, threads, map_runs, this);
     } else {
-      run_tasks(pieces_.number(), threads, map_piece, this);
+      run_tasks(pieces_.number(), threads, map_piece, this, call_.reduces ? From::back : From::front);
     }
   }
 
@@ -236,10 +236,10 @@ template <class Pass> class PlanarRun {
   }
   static void map_piece(void* self, int64_t i, int64_t next) {
     PlanarRun& run = *static_cast<PlanarRun*>(self);
-    const Piece piece = run.piece_to_map(i);
+    const Piece piece = run.pieces_[i];
     int64_t ahead = 0;
     if (next >= 0) {
-      const Piece then = run.piece_to_map(next);
+      const Piece then = run.pieces_[next];
       const Operand& x = run.call_.x;
       ahead = (then.n0 - piece.n0) * x.stride_n + (then.c - piece.c) * x.stride_c + then.l0 - piece.l0;
     }
@@ -254,8 +254,6 @@ template <class Pass> class PlanarRun {
     run.pass_.map_runs(i * run.together_, end);
     if (run.pass_.stream) finish_streams();
   }
-  // From the back, where the first pass has left the last pieces in the cache.
-  Piece piece_to_map(int64_t i) const { return pieces_[call_.reduces ? pieces_.number() - 1 - i : i]; }
 
   void reduce(int threads) {
     // Behind the coefficients of the channels, in the same arena.
