@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,13 @@ import numpy as np
 import torch
 from machine import HERE, stamp
 from networks import NETWORKS, FusedBlock
+from results import append
 from timing import per_call
 from torch import nn
 
 import batchnorm
 
-COLUMNS = (
-    "date", "commit", "machine", "cores", "threads", "load", "versions", "settings", "network", "batch", "layout",
-    "kept_mib", "kept_saving_mib", "step_ms", "step_saving_ms", "ratio", "ratio_p20", "ratio_p80", "rounds",
-)  # fmt: skip
+SHOWN = ("network", "batch", "kept_mib", "kept_saving_mib", "step_ms", "step_saving_ms")
 
 
 def main() -> None:
@@ -46,23 +44,16 @@ def main() -> None:
     print("| network | batch | kept, MiB | with save_memory | step, ms | with save_memory | ratio (20 to 80 %) |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in rows:
-        shown = [row[name] for name in ("network", "batch", *COLUMNS[11:15])]
+        shown = [row[name] for name in SHOWN]
         print("|", *(f"{one} |" for one in shown), f"{row['ratio']} ({row['ratio_p20']} to {row['ratio_p80']}) |")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"memory-{head['date'][:10]}.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(options.out / f"memory-{head['date'][:10]}.csv", rows)
 
 
 def _chain() -> nn.Module:
     widths = [3, *[64] * 8]
     pairs = [
         (nn.Conv2d(a, b, 3, padding=1, bias=False), batchnorm.BatchNorm2d(b, activation="relu"))
-        for a, b in zip(widths, widths[1:], strict=False)
+        for a, b in itertools.pairwise(widths)
     ]
     return nn.Sequential(*(layer for pair in pairs for layer in pair), nn.Conv2d(64, 8, 1))
 

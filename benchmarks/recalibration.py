@@ -10,7 +10,6 @@ to the forward pass in evaluation mode.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from layers import HERE, stamp
+from machine import HERE, stamp
 from networks import resnet20, resnet50
+from results import append
 from timing import per_call
 from torch import nn
 
 import batchnorm
 
 PLAIN = "forward, evaluation"
-COLUMNS = (
-    "date", "commit", "machine", "cores", "threads", "versions", "network", "batches", "what",
-    "median_ms", "p20_ms", "p80_ms", "rounds", "ratio", "ratio_p20", "ratio_p80",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -60,14 +56,8 @@ def main() -> None:
     print("| network | batches | what | ms | ratio |\n| --- | --- | --- | --- | --- |")
     for row in rows:
         print(f"| {row['network']} | {row['batches']} | {row['what']} | {row['median_ms']} | {row['ratio']} |")
-    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"recalibration-{head['date'][:10]}.csv"
-    is_new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    append(path, rows)
     print(f"added to {path}")
 
 

@@ -34,6 +34,26 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         part.unlink(missing_ok=True)
 
 
+def append(path: Path, rows: Sequence[Row]) -> None:
+    """Adds rows that all have the same columns to a file that may be there already.
+
+    Raises:
+        ValueError: what is there has other columns.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(rows[0])
+    is_new = not path.exists()
+    if not is_new:
+        with path.open(encoding="utf-8", newline="") as file:
+            if csv.DictReader(file).fieldnames != columns:
+                raise ValueError(f"{path} was written by another version, with other columns: move it away")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a finished run.
 

@@ -10,6 +10,10 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Tests share the cores already: threads of scikit-learn, and of processes that tests start, would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Random numbers that do not depend on which tests ran before.

@@ -336,7 +336,8 @@ class Looking(nn.Module):
 
 @pytest.mark.parametrize("nosy", [Looking(), Looking(fails=True)], ids=["differs", "fails"])
 def test_a_layer_that_cannot_be_fused_does_not_keep_the_others_from_it(nosy):
-    model = settled(nn.Sequential(pair(nn.ReLU()), nosy, pair(nn.SiLU()), pair(nn.ReLU(), nn.BatchNorm2d(4), nn.Tanh())))
+    last = pair(nn.ReLU(), nn.BatchNorm2d(4), nn.Tanh())
+    model = settled(nn.Sequential(pair(nn.ReLU()), nosy, pair(nn.SiLU()), last))
     new, report = fuse_activations(model, images())
     assert report.agreement.holds
     assert [one.names[0] for one in report.changed] == ["0.1", "2.1", "3.1", "3.3"]

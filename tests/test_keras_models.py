@@ -58,7 +58,7 @@ def test_the_courses_model_is_fitted_evaluated_saved_and_loaded(digits, tmp_path
     history = model.fit(*train, epochs=12, batch_size=64, validation_data=test, verbose=0)
     loss, accuracy = model.evaluate(*test, verbose=0)
     assert history.history["accuracy"][-1] > 0.97
-    assert accuracy > 0.9
+    assert accuracy > 0.85
     assert accuracy == pytest.approx(history.history["val_accuracy"][-1])
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")

@@ -34,6 +34,8 @@ PUBLIC = [
     "parameter_groups",
     "port",
     "recalibrate",
+    "save_memory",
+    "saved_bytes",
     "transaction",
     "unfreeze",
     "use_domain",

@@ -64,6 +64,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         patch.setattr(report, "CLAIMS", toys)
         list(run_study(folder / "a", claims=toys, seeds=(0, 1, 2), workers=1))
         report.write_report(folder / "a")
+    named = folder / "a_study_with_quite_a_long_name_of_its_folder"
+    shutil.copytree(folder / "a", named)
     rng = np.random.default_rng(0)
     kinds = {"kind": rng.choice(["red", "a category with a long name"], 300), "y": rng.normal(0, 1, 300)}
     old, new = (pl.DataFrame({"age": rng.normal(at, 1, 300), **kinds}) for at in (0, 1))
@@ -71,7 +73,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = compare(remembered, Reference.of(new, like=remembered), target="y")
     html = {
         "study": whole_study(),
-        "compare": comparison_page(folder / "a", folder / "a"),
+        "compare": comparison_page(folder / "a", named),
         "shift": render.as_html(found, reference="reference.json", new="new.csv", version="0.1.0"),
     }
     for name, text in html.items():

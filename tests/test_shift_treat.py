@@ -145,7 +145,8 @@ def test_disjoint_sides_have_no_overlap_whatever_the_effective_sample_size_reads
 
 
 def test_treat_does_nothing_where_nothing_has_moved():
-    rng = np.random.default_rng(0)
+    """Once in twenty times it may: of the seeds 0 to 59 it does for one, the first."""
+    rng = np.random.default_rng(1)
     old, new, few = (units_changed(n, 1, 0, rng) for n in (500, 500, 50))
     reference = Reference.of(old)
     assert treat(reference, Reference.of(new, like=reference), target="y", labels=few).adopted == "nothing"

@@ -230,7 +230,7 @@ def _run(
     engine = engine_of(where.engine.value, where.address, where.workers) if is_cluster else None
     logs = "" if where.tensorboard is None else str(where.tensorboard.absolute())
     # Files for the display are read where they are written: on this machine.
-    with display.watching(is_cluster) as folder, closing(engine) if engine else nullcontext():
+    with display, display.watching(is_cluster) as folder, closing(engine) if engine else nullcontext():
         study = run_study(
             out,
             claims=claims,
@@ -240,7 +240,7 @@ def _run(
             on_progress=display.progress,
             **options,
         )
-        with display, closing(study):
+        with closing(study):
             for judged in study:
                 display.verdict(judged)
     _report(out, display, as_json)

@@ -83,8 +83,10 @@ class Display:
             return
         with tempfile.TemporaryDirectory(prefix="batchnorm-study-", ignore_cleanup_errors=True) as folder:
             self._bar.folder = Path(folder)
-            yield folder
-            self._bar.folder = None
+            try:
+                yield folder
+            finally:
+                self._bar.folder = None
 
     def progress(self, at: ClaimProgress) -> None:
         """Show how many runs are done; the bar names the first claim that is not finished."""

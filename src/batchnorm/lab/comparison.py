@@ -12,6 +12,7 @@ from batchnorm.errors import ArgumentError
 from batchnorm.lab.report import SCHEMA
 
 RESULTS = "results.json"
+LONGEST_NAME = 26
 
 
 @dataclass(frozen=True)
@@ -154,9 +155,7 @@ def comparison_page(first: Path, second: Path) -> str:
     from batchnorm.reporting.page import render
 
     folders = first, second
-    names = first.resolve().name, second.resolve().name
-    if names[0] == names[1]:
-        names = str(first), str(second)
+    names = _names(first, second)
     results = [_results(folder) for folder in folders]
     one, other = (_claims(found) for found in results)
     claims = []
@@ -181,11 +180,28 @@ def comparison_page(first: Path, second: Path) -> str:
         names=names,
         claims=claims,
         environments=[
-            {"tier": found["study"]["tier"], "seeds": ", ".join(map(str, found["study"]["seeds"]))}
+            {"folder": str(folder), "tier": found["study"]["tier"]}
+            | {"seeds": ", ".join(map(str, found["study"]["seeds"]))}
             | found["environment"]
-            for found in results
+            for folder, found in zip(folders, results, strict=True)
         ],
     )
+
+
+def _names(first: Path, second: Path) -> tuple[str, str]:
+    """As many of the last parts of both paths as tell them apart, shortened to what a legend on a phone holds."""
+    one, other = first.resolve().parts, second.resolve().parts
+    count = 1
+    while one[-count:] == other[-count:] and count < max(len(one), len(other)):
+        count += 1
+    if one == other:
+        count = 1
+    return _shortened("/".join(one[-count:])), _shortened("/".join(other[-count:]))
+
+
+def _shortened(name: str) -> str:
+    """Its beginning and its end, which is where names of studies differ."""
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME // 2 - 1]}…{name[-LONGEST_NAME // 2 :]}"
 
 
 def _drawn(claim: Mapping[str, Any], folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from batchnorm.shift.boosting import Boosting
-from batchnorm.shift.encoding import Encoded
+from batchnorm.shift.encoding import Encoded, quantile_edges
 from batchnorm.shift.significance import Dealing
 
 Floats = npt.NDArray[np.float64]
@@ -134,8 +134,7 @@ def _groups(values: Floats, is_category: bool) -> Ints:
     if is_category:
         groups[~missing] = held.astype(np.int64) + 1
     elif held.size:
-        edges = np.unique(np.quantile(held, np.linspace(0, 1, _GROUPS + 1)[1:-1], method="lower"))
-        groups[~missing] = np.searchsorted(edges, held, side="left") + 1
+        groups[~missing] = np.searchsorted(quantile_edges(held, _GROUPS), held, side="left") + 1
     return groups
 
 

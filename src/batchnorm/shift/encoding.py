@@ -65,6 +65,22 @@ def _codes(values: pl.Series) -> Floats:
     return np.array([np.nan if value is None else codes[value] for value in values.to_list()], dtype=np.float64)
 
 
+def quantile_edges(values: Floats, groups: int) -> Floats:
+    """Ascending upper edges of at most `groups` groups, all but the last, as even as the values allow; NaN is left out.
+
+    Each of few distinct values is a group of its own. `np.searchsorted(edges, values, side="left")` gives the groups.
+
+    Example:
+        >>> quantile_edges(np.array([0.0, 1.0, 1.0, np.nan, 5.0]), 8).tolist()
+        [0.0, 1.0]
+    """
+    held = values[~np.isnan(values)]
+    distinct: Floats = np.unique(held)
+    if distinct.size <= groups:
+        return distinct[:-1]
+    return np.unique(np.quantile(held, np.linspace(0, 1, groups + 1)[1:-1], method="lower"))
+
+
 def dense(data: Encoded, rows: npt.NDArray[np.int64]) -> Floats:
     """`rows` of the data as numbers that distances can be taken of: (N, D'), no NaN.
 

@@ -50,7 +50,7 @@ class Dealing:
             self._unit = np.unique(unit, return_inverse=True)[1]
             number = int(self._unit.max(initial=-1)) + 1
             self._rows = np.stack([np.bincount(self._unit[side], minlength=number) for side in (~is_new, is_new)])
-            self._two_sided = (self._rows > 0).all(axis=0)
+            self._two_sided = np.asarray((self._rows > 0).all(axis=0))
             self._labels = self._rows[1, ~self._two_sided] > 0
 
     @property

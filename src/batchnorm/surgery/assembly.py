@@ -110,7 +110,7 @@ def _restore_statistics(state: dict[str, Any], reading: Reading) -> None:
 def _moved(value: torch.Tensor | None, reading: Reading) -> torch.Tensor | None:
     """To where the layer is by now, and to its precision; half precision is for those that want it."""
     weight = reading.layer.weight
-    if value is None or weight is None:
+    if value is None or not isinstance(weight, torch.Tensor):
         return value
     changes = value.is_floating_point() and weight.dtype in (torch.float32, torch.float64)
     return value.to(weight.device, weight.dtype if changes else value.dtype)

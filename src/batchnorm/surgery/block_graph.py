@@ -164,9 +164,7 @@ def parts_of(block: torch.nn.Module, called: Collection[torch.nn.Module]) -> lis
     return list(found)
 
 
-def tail_sequences(
-    block: torch.nn.Module, is_layer: Any, called: Collection[torch.nn.Module]
-) -> set[torch.nn.Module]:
+def tail_sequences(block: torch.nn.Module, is_layer: Any, called: Collection[torch.nn.Module]) -> set[torch.nn.Module]:
     """The parts of `block`, and theirs, that are plain sequences with a layer at their end and without hooks."""
     found: set[torch.nn.Module] = set()
     waiting = parts_of(block, called)

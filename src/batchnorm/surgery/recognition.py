@@ -64,7 +64,8 @@ _OF_LIBRARIES: dict[tuple[str, str], Known] = {
 
 SETTINGS = frozenset(
     {"num_features", "eps", "momentum", "affine", "track_running_stats", "process_group", "activation", "channel_axis"}
-    | {"ghost_size", "r_max", "d_max", "group_size", "method", "num_groups", "num_channels", "_has_warned", "_stage", "_last", "_origin"}
+    | {"ghost_size", "r_max", "d_max", "group_size", "method", "num_groups", "num_channels"}
+    | {"_has_warned", "_stage", "_last", "_origin"}
 )
 """What constructors of known layers set. Anything else on a layer is its user's, and goes with it."""
 

@@ -24,7 +24,8 @@ class Agreement:
         tolerance: the largest max_relative that passes.
         inputs: how many inputs were compared.
         own_rounding: as max_relative, how far the network as it came is off its own outputs in float64, or, of a
-            file, off those that onnxruntime's optimisations give; None where that was not looked at. Where it is given, the tolerance goes by it.
+            file, off those that onnxruntime's optimisations give; None where that was not looked at. Where it is given,
+            the tolerance goes by it.
     """
 
     max_absolute: float

@@ -128,10 +128,10 @@ def figure(records: Sequence[Record], measures: Sequence[Measure]) -> Figures:
     alt = f"Test accuracy over the batch size on a logarithmic axis, first and last: {'; '.join(told)}."
     lost, axes = panel("Accuracy less that at batch 32", "images in a batch", "percentage points", height=1.15)
     sizes = [size for size in SIZES if size <= LARGE]
-    for (name, errors), colour, dashes in zip(ERRORS.items(), (BLUE, ORANGE), DASHES, strict=False):
+    for (name, errors), colour, line in zip(ERRORS.items(), (BLUE, ORANGE), DASHES, strict=False):
         large = find(measures, f"accuracy_{name}_{LARGE}").values
         of = [_less(find(measures, f"accuracy_{name}_{size}"), large) for size in sizes]
-        over(axes, sizes, of, color=colour, linestyle=dashes, label=f"{name}, here")
+        over(axes, sizes, of, color=colour, linestyle=line, label=f"{name}, here")
         gone = [errors[LARGE] - error for error in errors.values()]
         axes.plot(list(errors), gone, **{**REPORTED, "color": colour}, label=f"{name}, {WHERE}")
     log_axis(axes.xaxis)
