@@ -74,10 +74,10 @@ inline void add_value_columns(Matrix<const T> x, int64_t rows, int64_t columns, 
 }
 
 // Calls run(how to write whole vectors, how many rows at a time). Whole rows go one by one: one stream to read and one to
-// write is what the hardware prefetches best, and the coefficients come from the first-level cache. (Four at a time took 1.4 times
-// as long where the output had to come into the caches first: Zen 4, 64x256x14x14 channels-last.) So do streamed ones.
-// Parts of rows, as tiles have them, are too short for that, and go four at a time, which saves a fifth on 64x512x7x7. So does
-// what lies in the second-level caches: there loading the coefficients is what costs (a tenth on 2048x100).
+// write is what the hardware prefetches best, and the coefficients come from the first-level cache. (Four at a time took
+// 1.4 times as long where the output had to come into the caches first: Zen 4, 64x256x14x14 channels-last.) So do
+// streamed ones. Parts of rows, as tiles have them, are too short for that, and go four at a time, which saves a fifth on
+// 64x512x7x7. So does what lies in the second-level caches: there loading the coefficients costs (a tenth on 2048x100).
 template <class F> inline void over_maps(bool stream, bool in_fours, F run) {
   if (stream) run(Stream{}, Number<1>{});
   else if (in_fours) run(Store{}, Number<4>{});
