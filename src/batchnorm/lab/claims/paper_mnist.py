@@ -58,7 +58,7 @@ CARD = Card(
 def jobs(seeds: Sequence[int], tier: Tier) -> list[Job]:
     """A stack of all seeds for each arm and rate."""
     training = ImageTraining(
-        inputs="binarised", batch_size=BATCH, steps=STEPS, evaluations=spaced_steps(STEPS, 50, 1.25)
+        inputs="binarised", batch_size=BATCH, steps=STEPS, evaluations=spaced_steps(STEPS, 50, 1.1)
     )
     networks = {arm: Network(depth=3, width=100, activation="sigmoid", norm=kind) for arm, kind in _NORMS.items()}
     return [
