@@ -10,8 +10,11 @@ namespace batchnorm {
 // `next` is the task that the same thread will run after this one, or -1: what is to be prefetched.
 using Task = void (*)(void* context, int64_t task, int64_t next);
 
-// Runs the tasks 0 .. tasks - 1, taken from one queue; returns when all are done.
-void run_tasks(int64_t tasks, int threads, Task body, void* context);
+// Runs the tasks 0 .. tasks - 1; returns when all are done. Each thread has a share of them, side by side, as torch cuts
+// tensors too: so a pass finds in the caches of its core what the one before it left there. Who is done helps the others.
+// A second pass goes through each share from the back, which was in use last.
+enum class From { front, back };
+void run_tasks(int64_t tasks, int threads, Task body, void* context, From from = From::front);
 
 // Memory of this thread, 64-byte aligned; each of the two arenas holds until it is asked for again.
 enum class Arena { call, task };

@@ -1,5 +1,6 @@
 #include "pool.hpp"
 
+#include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
@@ -16,11 +17,15 @@
 namespace batchnorm {
 namespace {
 
+using Clock = std::chrono::steady_clock;
+
 constexpr size_t kPage = 2 << 20;
 
 struct Block {
   void* data;
   size_t size;
+  Clock::time_point since{};  // when it came back
+  bool is_offered = false;    // the system may take its pages
 };
 
 struct Pool {
@@ -48,7 +53,7 @@ void unmap_pages(const Block& block) { munmap(block.data, block.size); }
 // Costs nothing while there is memory: the pages stay until the system needs them.
 void offer_pages(const Block& block) { madvise(block.data, block.size, MADV_FREE); }
 #else
-void* map_pages(size_t size) { return std::aligned_alloc(kPage, size); }
+void* map_pages(size_t size) { return std::aligned_alloc(kPage, (size + kPage - 1) / kPage * kPage); }
 void unmap_pages(const Block& block) { std::free(block.data); }
 void offer_pages(const Block&) {}
 #endif
@@ -67,6 +72,22 @@ Pool& pool() {
   (void)is_registered;
 #endif
   return *the_pool;
+}
+
+// Rounded up so that buffers of nearly one size can stand in for each other; at most an eighth is wasted.
+size_t rounded(size_t bytes) {
+  const size_t grain = bytes < 8 * kPage ? kPage / 16 : kPage;
+  return (bytes + grain - 1) / grain * grain;
+}
+
+// Offers to the system what nobody asked for in a while. Not at once: it costs up to 60 us a buffer where another core
+// has to forget the pages, too, more than the whole pass over a small one.
+void offer_old_blocks(Pool& p, Clock::time_point now) {
+  for (Block& block : p.idle) {
+    if (now - block.since < std::chrono::seconds(kSecondsBeforeOffer)) break;
+    if (!block.is_offered) offer_pages(block);
+    block.is_offered = true;
+  }
 }
 
 // The oldest buffers above the limit, which the caller frees once the pool is unlocked.
@@ -109,11 +130,11 @@ int64_t usual_pool_limit() {
 }
 
 void* take_buffer(size_t bytes) {
-  const size_t size = (bytes + kPage - 1) / kPage * kPage;
+  const size_t size = rounded(bytes);
   Pool& p = pool();
   const std::lock_guard<std::mutex> lock(p.mutex);
   if (p.limit == 0) return nullptr;
-  Block found{nullptr, 0};
+  Block found{nullptr, size};
   for (size_t i = p.idle.size(); i-- > 0;) {  // what was used last is likeliest in a cache
     if (p.idle[i].size < size || p.idle[i].size > size + size / 8) continue;
     found = p.idle[i];
@@ -122,7 +143,7 @@ void* take_buffer(size_t bytes) {
     break;
   }
   if (!found.data) {
-    found = {map_pages(size), size};
+    found.data = map_pages(size);
     if (!found.data) return nullptr;
   }
   p.lent.emplace(found.data, found.size);
@@ -136,13 +157,13 @@ void release_buffer(void* buffer) {
   {
     const std::lock_guard<std::mutex> lock(p.mutex);
     const auto lent = p.lent.find(buffer);
-    const Block block{buffer, lent->second};
+    const Block block{buffer, lent->second, Clock::now()};
     p.lent.erase(lent);
     p.lent_bytes -= static_cast<int64_t>(block.size);
-    if (static_cast<int64_t>(block.size) <= p.limit) offer_pages(block);
     p.idle_bytes += static_cast<int64_t>(block.size);
     p.idle.push_back(block);
     freed = surplus(p);
+    offer_old_blocks(p, block.since);
   }
   free_all(freed);
 }

@@ -18,10 +18,12 @@ inline double read(const Parameter& parameter, int64_t c, double absent) {
   }
 }
 
+inline double inverse_std(const Call& call, int64_t c) { return 1 / sqrt(call.var[c] + call.eps); }
+
 // Of channel c, from call.mean and call.var.
 template <class A> inline Coefficients<A> coefficients(const Call& call, int64_t c) {
   const double mean = call.mean[c];
-  const double scale = read(call.weight, c, 1) / sqrt(call.var[c] + call.eps);
+  const double scale = read(call.weight, c, 1) * inverse_std(call, c);
   const A rounded = static_cast<A>(mean);
   const double shift = read(call.bias, c, 0) + (static_cast<double>(rounded) - mean) * scale;
   return {rounded, static_cast<A>(scale), static_cast<A>(shift), 0, 0};
@@ -31,18 +33,17 @@ template <class A> inline Coefficients<A> coefficients(const Call& call, int64_t
 template <class A> inline void write_sums(const Call& call, int64_t c, double first, double second) {
   const double mean = call.mean[c], rest = static_cast<double>(static_cast<A>(mean)) - mean;
   call.sum_dz[c] = first;
-  call.sum_dz_xhat[c] = (second + rest * first) / sqrt(call.var[c] + call.eps);
+  call.sum_dz_xhat[c] = (second + rest * first) * inverse_std(call, c);
 }
 
 // Adds what dx owes to mean and variance: dx = weight * inv_std * (dz - (sum_dz + x_hat * sum_dz_xhat) / count).
 template <class A> inline void answer_to_statistics(const Call& call, int64_t c, Coefficients<A>& of) {
   if (!call.is_estimated || call.count == 0) return;
   const double mean = call.mean[c], rest = static_cast<double>(of.mean) - mean;
-  const double inv_std = 1 / sqrt(call.var[c] + call.eps), count = static_cast<double>(call.count);
-  const double scale = read(call.weight, c, 1) * inv_std;
-  const double by_x = -scale * inv_std * call.sum_dz_xhat[c] / count;
+  const double inv_std = inverse_std(call, c), share = -read(call.weight, c, 1) * inv_std / static_cast<double>(call.count);
+  const double by_x = share * inv_std * call.sum_dz_xhat[c];
   of.by_x = static_cast<A>(by_x);
-  of.constant = static_cast<A>(-scale * call.sum_dz[c] / count + rest * by_x);
+  of.constant = static_cast<A>(share * call.sum_dz[c] + rest * by_x);
 }
 
 }  // namespace BATCHNORM_ISA

@@ -39,6 +39,16 @@ template <int Rows, class F> inline void over_rows(int64_t rows, F f) {
   for (; r < rows; ++r) f(r, Number<1>{});
 }
 
+// How whole vectors are written: past the caches, or not.
+struct Stream {
+  Streamed operator()(Whole) const { return {}; }
+  Part operator()(Part part) const { return part; }
+};
+struct Store {
+  Whole operator()(Whole) const { return {}; }
+  Part operator()(Part part) const { return part; }
+};
+
 // Adds x - shift and its square to the sums of each column. `ahead` (values): how far to prefetch.
 template <class T>
 inline void add_value_columns(Matrix<const T> x, int64_t rows, int64_t columns, const Arithmetic<T>* shift,
@@ -63,14 +73,26 @@ inline void add_value_columns(Matrix<const T> x, int64_t rows, int64_t columns, 
   });
 }
 
-// y = activation((x - mean) * scale + shift + residual).
+// Calls run(how to write whole vectors, how many rows at a time). Whole rows go one by one: one stream to read and one to
+// write is what the hardware prefetches best, and the coefficients come from the first-level cache. (Four at a time took
+// 1.4 times as long where the output had to come into the caches first: Zen 4, 64x256x14x14 channels-last.) So do
+// streamed ones. Parts of rows, as tiles have them, are too short for that, and go four at a time, which saves a fifth on
+// 64x512x7x7. So does what lies in the second-level caches: there loading the coefficients costs (a tenth on 2048x100).
+template <class F> inline void over_maps(bool stream, bool in_fours, F run) {
+  if (stream) run(Stream{}, Number<1>{});
+  else if (in_fours) run(Store{}, Number<4>{});
+  else run(Store{}, Number<1>{});
+}
+
+// y = activation((x - mean) * scale + shift + residual). `ahead` (values): where the next tile lies, or 0.
 template <class T, Kind K>
 inline void apply_columns(Matrix<T> y, Matrix<const T> x, Matrix<const T> residual, int64_t rows, int64_t columns,
-                          const ColumnCoefficients<Arithmetic<T>>& of, Activation which, bool stream, int64_t ahead) {
+                          const ColumnCoefficients<Arithmetic<T>>& of, Activation which, bool stream, bool is_small,
+                          int64_t ahead) {
   using A = Arithmetic<T>;
   using V = Vector<A>;
-  auto run = [&](auto streamed) {
-    over_rows<4>(rows, [&](int64_t r, auto number) {
+  over_maps(stream, is_small || columns < x.pitch, [&](auto streamed, auto together) {
+    over_rows<together.value>(rows, [&](int64_t r, auto number) {
       const T *px = x.row(r), *pr = residual.row(r);
       T* py = y.row(r);
       over_columns(columns, kLanes<A>, [&](int64_t j, auto how) {
@@ -81,21 +103,11 @@ inline void apply_columns(Matrix<T> y, Matrix<const T> x, Matrix<const T> residu
           if (ahead) prefetch(px + k * x.pitch + j + ahead);
           V z = (take(px + k * x.pitch + j, how) - mean) * scale + shift;
           if (pr) z += take(pr + k * residual.pitch + j, how);
-          z = activate<K>(z, which);
-          put(py + k * y.pitch + j, z, streamed(how));
+          put(py + k * y.pitch + j, activate<K>(z, which), streamed(how));
         }
       });
     });
-  };
-  struct Stream {
-    Streamed operator()(Whole) const { return {}; }
-    Part operator()(Part part) const { return part; }
-  };
-  struct Store {
-    Whole operator()(Whole) const { return {}; }
-    Part operator()(Part part) const { return part; }
-  };
-  stream ? run(Stream{}) : run(Store{});
+  });
 }
 
 // Adds dz and dz * (x - mean) to the sums of each column.
@@ -138,11 +150,11 @@ template <class T, Kind K>
 inline void gradient_columns(Matrix<T> dx, Matrix<T> dresidual, Matrix<const T> dy, Matrix<const T> x,
                              Matrix<const T> residual, int64_t rows, int64_t columns,
                              const ColumnCoefficients<Arithmetic<T>>& of, Activation which, bool is_estimated,
-                             bool stream, int64_t ahead) {
+                             bool stream, bool is_small, int64_t ahead) {
   using A = Arithmetic<T>;
   using V = Vector<A>;
-  auto run = [&](auto streamed) {
-    over_rows<4>(rows, [&](int64_t r, auto number) {
+  over_maps(stream, is_small || columns < x.pitch, [&](auto streamed, auto together) {
+    over_rows<together.value>(rows, [&](int64_t r, auto number) {
       const T *pdy = dy.row(r), *px = x.row(r), *pr = residual.row(r);
       T *pdx = dx.row(r), *pdr = dresidual.row(r);
       over_columns(columns, kLanes<A>, [&](int64_t j, auto how) {
@@ -170,16 +182,7 @@ inline void gradient_columns(Matrix<T> dx, Matrix<T> dresidual, Matrix<const T> 
         }
       });
     });
-  };
-  struct Stream {
-    Streamed operator()(Whole) const { return {}; }
-    Part operator()(Part part) const { return part; }
-  };
-  struct Store {
-    Whole operator()(Whole) const { return {}; }
-    Part operator()(Part part) const { return part; }
-  };
-  stream ? run(Stream{}) : run(Store{});
+  });
 }
 
 }  // namespace BATCHNORM_ISA

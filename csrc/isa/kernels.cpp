@@ -8,10 +8,10 @@ namespace BATCHNORM_ISA {
 namespace {
 
 // Short runs go as columns of a matrix, if neighbouring channels are neighbours in memory.
-bool is_matrix(const Call& call, bool stream) {
+bool is_matrix(const Call& call) {
   if (call.layout == Layout::channels_last) return true;
   if (call.L >= kShortRun || call.mask) return false;
-  if (!call.reduces && !stream && call.L >= kShortestRun) return false;
+  if (!call.reduces && call.L >= kShortestRun) return false;
   for (const Operand* operand : {&call.x, &call.residual, &call.y, &call.dy, &call.dx, &call.dresidual})
     if (operand->data && operand->stride_c != call.L) return false;
   return true;
@@ -22,14 +22,14 @@ int64_t tensor_bytes(const Call& call) { return call.N * call.C * call.L * bytes
 template <class T, Kind K> void forward_as(const Call& call) {
   const int moved = 2 + (call.residual.data != nullptr);
   const bool stream = call.y.data && call.y.data != call.x.data && streams(tensor_bytes(call) * moved);
-  if (is_matrix(call, stream)) MatrixRun<MatrixForward<T, K>>(call, 1, stream)();
+  if (is_matrix(call)) MatrixRun<MatrixForward<T, K>>(call, 1, stream)();
   else run_planar<PlanarForward<T, K>>(call, 1, stream);
 }
 
 template <class T, Kind K> void backward_as(const Call& call) {
   const int moved = 3 + (call.residual.data != nullptr) + (call.dresidual.data != nullptr);
   const bool stream = call.maps && streams(tensor_bytes(call) * moved);
-  if (is_matrix(call, stream)) MatrixRun<MatrixBackward<T, K>>(call, 2, stream)();
+  if (is_matrix(call)) MatrixRun<MatrixBackward<T, K>>(call, 2, stream)();
   else run_planar<PlanarBackward<T, K>>(call, 2, stream);
 }
 

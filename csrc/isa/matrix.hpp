@@ -48,9 +48,17 @@ template <class A> inline void gather(double* by_channel, const A* by_column, in
       for (int64_t c = 0; c < grid.channels; ++c) by_channel[c] += static_cast<double>(by_column[j + c]);
   } else {
     for (int64_t c = 0; c < grid.channels; ++c) {
-      double sum = 0;
-      for (int64_t l = 0; l < grid.run; ++l) sum += static_cast<double>(by_column[c * grid.run + l]);
-      by_channel[c] += sum;
+      const A* own = by_column + c * grid.run;
+      double a = 0, b = 0, d = 0, e = 0;  // one sum would wait for its own last addition
+      int64_t l = 0;
+      for (; l + 4 <= grid.run; l += 4) {
+        a += static_cast<double>(own[l]);
+        b += static_cast<double>(own[l + 1]);
+        d += static_cast<double>(own[l + 2]);
+        e += static_cast<double>(own[l + 3]);
+      }
+      for (; l < grid.run; ++l) a += static_cast<double>(own[l]);
+      by_channel[c] += (a + b) + (d + e);
     }
   }
 }
@@ -78,14 +86,14 @@ template <class A> inline ColumnCoefficients<A> cut_coefficients(Cutter& from, i
   return of;
 }
 
-// By column, for the channels of the grid.
+// By column, for the channels of the grid; with the `answers` to the statistics once the sums are known that these need.
 template <class A>
-inline void fill_coefficients(const Call& call, const Grid& grid, bool backward, const ColumnCoefficients<A>& of,
+inline void fill_coefficients(const Call& call, const Grid& grid, bool answers, const ColumnCoefficients<A>& of,
                               Cutter room) {
   ColumnCoefficients<A> by_channel = grid.columns == grid.channels ? of : cut_coefficients<A>(room, grid.channels);
   for (int64_t c = 0; c < grid.channels; ++c) {
     Coefficients<A> mine = coefficients<A>(call, grid.first_channel + c);
-    if (backward && call.maps) answer_to_statistics(call, grid.first_channel + c, mine);
+    if (answers) answer_to_statistics(call, grid.first_channel + c, mine);
     by_channel.mean[c] = mine.mean;
     by_channel.scale[c] = mine.scale;
     by_channel.shift[c] = mine.shift;
@@ -96,7 +104,7 @@ inline void fill_coefficients(const Call& call, const Grid& grid, bool backward,
   spread(of.mean, by_channel.mean, grid);
   spread(of.scale, by_channel.scale, grid);
   spread(of.shift, by_channel.shift, grid);
-  if (!backward) return;
+  if (!answers) return;
   spread(of.by_x, by_channel.by_x, grid);
   spread(of.constant, by_channel.constant, grid);
 }
@@ -122,10 +130,10 @@ template <class F> inline void over_stretches(const uint8_t* mask, int64_t r0, i
 
 template <class T, Kind K> struct MatrixForward {
   using A = Arithmetic<T>;
-  using Value = T;
   static constexpr bool kIsBackward = false;
   const Call& call;
-  int64_t fold;  // rows of the tensor that make one row of the grid
+  int64_t fold;   // rows of the tensor that make one row of the grid
+  bool is_small;  // lies in the second-level caches
 
   static size_t task_bytes(const Grid& g) {
     return static_cast<size_t>(padded(g.columns)) * sizeof(A) * 3 + static_cast<size_t>(g.channels) * 24 + 1024;
@@ -174,7 +182,7 @@ template <class T, Kind K> struct MatrixForward {
     for (int64_t j = 0; j < columns; j += kColumnBlock) {
       const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
       add_value_columns<T>(x.at(0, j), rows, width, work.shift + j, work.first + j, work.second + j,
-                           ahead_of(x, 8));
+                           is_small ? 0 : ahead_of(x, 8));
     }
     clear(work.channel_first, grid.channels);
     clear(work.channel_second, grid.channels);
@@ -184,10 +192,11 @@ template <class T, Kind K> struct MatrixForward {
 
   // The mean of the first rows: near enough to the mean as a rule.
   void first_shift(const Grid& grid, Matrix<const T> x, int64_t rows, int64_t columns, Work& work) const {
-    rows = rows < 8 ? rows : 8;
+    const int64_t in_a_row = columns / grid.channels, enough = (kShiftValues + in_a_row - 1) / in_a_row;
+    rows = rows < enough ? rows : enough;
     clear(work.shift, padded(grid.columns));
     sum(grid, x, rows, columns, work);
-    const double count = static_cast<double>(rows * (columns / grid.channels));
+    const double count = static_cast<double>(rows * in_a_row);
     for (int64_t c = 0; c < grid.channels; ++c)
       work.channel_shift[c] = static_cast<A>(work.channel_first[c] / count);
   }
@@ -247,7 +256,7 @@ template <class T, Kind K> struct MatrixForward {
       for (int64_t j = 0; j < columns; j += kColumnBlock) {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         apply_columns<T, K>(y.at(r, j), x.at(r, j), residual.at(r, j), rows, width, of.from(j), call.activation,
-                            stream, ahead);
+                            stream, is_small, ahead);
       }
     };
     if (with_tail && grid.tail_columns) apply(grid.rows, 1, grid.tail_columns);
@@ -258,10 +267,10 @@ template <class T, Kind K> struct MatrixForward {
 
 template <class T, Kind K> struct MatrixBackward {
   using A = Arithmetic<T>;
-  using Value = T;
   static constexpr bool kIsBackward = true;
   const Call& call;
   int64_t fold;
+  bool is_small;
 
   static size_t task_bytes(const Grid& g) { return static_cast<size_t>(padded(g.columns)) * sizeof(A) * 2 + 1024; }
 
@@ -280,7 +289,7 @@ template <class T, Kind K> struct MatrixBackward {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         add_gradient_columns<T, K>(dy.at(r, j), x.at(r, j), residual.at(r, j), rows, width, of.from(j),
                                    call.activation, by_column + j, products + j,
-                                   ahead_of(x, 4));
+                                   is_small ? 0 : ahead_of(x, 4));
       }
       gather(first, by_column, columns, grid);
       gather(second, products, columns, grid);
@@ -313,7 +322,7 @@ template <class T, Kind K> struct MatrixBackward {
       for (int64_t j = 0; j < columns; j += kColumnBlock) {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         gradient_columns<T, K>(dx.at(r, j), dresidual.at(r, j), dy.at(r, j), x.at(r, j), residual.at(r, j), rows,
-                               width, of.from(j), call.activation, answers, stream, ahead);
+                               width, of.from(j), call.activation, answers, stream, is_small, ahead);
       }
     };
     if (with_tail && grid.tail_columns) apply(grid.rows, 1, grid.tail_columns, call.is_estimated);
@@ -328,10 +337,11 @@ template <class Pass> class MatrixRun {
  public:
   using A = typename Pass::A;
 
-  MatrixRun(const Call& call, int tensors, bool stream) : call_(call), pass_{call, 1} {
+  MatrixRun(const Call& call, int tensors, bool stream) : call_(call), pass_{call, 1, false} {
     const int64_t size = bytes_of(call.dtype);
     const int64_t bytes = call.N * call.C * call.L * size * tensors;
     threads_ = useful_threads(call.threads, bytes);
+    pass_.is_small = is_small(bytes, threads_);
     whole_.channels = call.C;
     if (call.layout == Layout::planar) {
       whole_.rows = call.N;
@@ -360,7 +370,7 @@ template <class Pass> class MatrixRun {
     if (call_.reduces) reduce();
     if (!call_.maps) return;
     fill_coefficients(call_, whole_, Pass::kIsBackward, of_, Cutter(spare_));
-    run_tasks(map_tasks(), threads_, map_rows, this);
+    run_tasks(map_tasks(), threads_, map_rows, this, call_.reduces ? From::back : From::front);
   }
 
  private:
@@ -391,8 +401,7 @@ template <class Pass> class MatrixRun {
   void tile_channels(int64_t size, int tensors) {
     if (call_.layout != Layout::planar || !call_.reduces) return;
     const int64_t channel_bytes = call_.N * call_.L * size;
-    int64_t unit = 1;  // channels that fill whole cache lines
-    while (unit * call_.L * size % 64) unit *= 2;
+    const int64_t unit = runs_of_lines(call_.L * size);
     int64_t group = tile_bytes(tensors) / channel_bytes;
     const int64_t fair = call_.C / (4 * threads_);
     group = group < fair ? group : fair;
@@ -416,12 +425,7 @@ template <class Pass> class MatrixRun {
     Cutter room(scratch(Arena::task, own + Pass::task_bytes(grid)));
     const ColumnCoefficients<A> of = cut_coefficients<A>(room, grid.columns);
     double *first = room.cut<double>(grid.channels), *second = room.cut<double>(grid.channels);
-    if (Pass::kIsBackward) {
-      // The sums need z; dx needs the sums. They are not known yet, so what this writes for them is not read.
-      for (int64_t c = 0; c < grid.channels; ++c)
-        call.sum_dz[grid.first_channel + c] = call.sum_dz_xhat[grid.first_channel + c] = 0;
-      fill_coefficients(call, grid, true, of, room);
-    }
+    if (Pass::kIsBackward) fill_coefficients(call, grid, false, of, room);
     const double count = run.pass_.reduce(grid, 0, grid.rows, false, of, first, second, room);
     run.pass_.finish(grid, count, first, second);
     if (!call.maps) return;
@@ -431,11 +435,7 @@ template <class Pass> class MatrixRun {
   }
 
   void reduce() {
-    if (Pass::kIsBackward) {
-      clear(call_.sum_dz, call_.C);
-      clear(call_.sum_dz_xhat, call_.C);
-      fill_coefficients(call_, whole_, true, of_, Cutter(spare_));
-    }
+    if (Pass::kIsBackward) fill_coefficients(call_, whole_, false, of_, Cutter(spare_));
     run_tasks(parts_, threads_, reduce_part, this);
     double count = counts_[0];
     for (int64_t p = 1; p < parts_; ++p)
@@ -458,14 +458,11 @@ template <class Pass> class MatrixRun {
     return tasks < 1 ? 1 : tasks;
   }
 
-  static void map_rows(void* self, int64_t index, int64_t) {
+  static void map_rows(void* self, int64_t i, int64_t) {
     const MatrixRun& run = *static_cast<MatrixRun*>(self);
-    // From the back, where the first pass has left the last rows in the cache.
-    const int64_t last = run.map_tasks() - 1, i = run.call_.reduces ? last - index : index, r0 = i * run.map_rows_;
+    const int64_t last = run.map_tasks() - 1, r0 = i * run.map_rows_;
     const int64_t r1 = r0 + run.map_rows_ < run.whole_.rows ? r0 + run.map_rows_ : run.whole_.rows;
-    using T = typename Pass::Value;
-    const int64_t ahead = ahead_of(matrix<const T>(run.call_.x, run.call_.layout, run.whole_, run.pass_.fold), 4);
-    run.pass_.map(run.whole_, r0, r1, i == last, run.of_, run.stream_, ahead);
+    run.pass_.map(run.whole_, r0, r1, i == last, run.of_, run.stream_, 0);
   }
 
   size_t call_bytes() const {

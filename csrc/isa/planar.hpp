@@ -47,6 +47,11 @@ inline const uint8_t* mask_at(const Call& call, int64_t n, int64_t l) {
   return call.mask ? call.mask + n * call.L + l : nullptr;
 }
 
+// Whether the runs of an operand lie side by side.
+inline bool is_dense(const Operand& operand, const Call& call) {
+  return !operand.data || (operand.stride_c == call.L && operand.stride_n == call.C * call.L);
+}
+
 template <class T, Kind K> struct PlanarForward {
   using A = Arithmetic<T>;
   using Partial = Moment;
@@ -118,6 +123,19 @@ template <class T, Kind K> struct PlanarForward {
                       piece.l1 - piece.l0, of[piece.c], call.activation, stream, ahead ? x + ahead : nullptr);
     }
   }
+
+  // Runs r .. end of all runs of the tensor.
+  void map_runs(int64_t r, int64_t end) const {
+    const int64_t n = r / call.C, c = r % call.C;
+    if (are_dense_ && call.L >= kLanes<A>) {
+      apply_runs<T, K>(at<T>(call.y, n, c, 0), at<const T>(call.x, n, c, 0), at<const T>(call.residual, n, c, 0),
+                       end - r, call.L, c, call.C, of, call.activation, stream);
+      return;
+    }
+    for (; r < end; ++r) map({r % call.C, r / call.C, r / call.C + 1, 0, call.L}, 0);
+  }
+
+  const bool are_dense_ = is_dense(call.x, call) && is_dense(call.y, call) && is_dense(call.residual, call);
 };
 
 template <class T, Kind K> struct PlanarBackward {
@@ -171,6 +189,10 @@ template <class T, Kind K> struct PlanarBackward {
                          piece.l1 - piece.l0, of[piece.c], call.activation, call.is_estimated, stream, ahead);
     }
   }
+
+  void map_runs(int64_t r, int64_t end) const {
+    for (; r < end; ++r) map({r % call.C, r / call.C, r / call.C + 1, 0, call.L}, 0);
+  }
 };
 
 template <class Pass> class PlanarRun {
@@ -190,10 +212,10 @@ template <class Pass> class PlanarRun {
     if (!call_.maps) return;
     for (int64_t c = 0; c < call_.C; ++c) pass_.prepare(c);
     if (!call_.reduces && call_.L < kMapValues) {
-      together_ = runs_together(call_.N * call_.C, call_.L, threads);
+      together_ = runs_together(call_.N * call_.C, call_.L, bytes_of(call_.dtype), threads);
       run_tasks((call_.N * call_.C + together_ - 1) / together_, threads, map_runs, this);
     } else {
-      run_tasks(pieces_.number(), threads, map_piece, this);
+      run_tasks(pieces_.number(), threads, map_piece, this, call_.reduces ? From::back : From::front);
     }
   }
 
@@ -214,10 +236,10 @@ template <class Pass> class PlanarRun {
   }
   static void map_piece(void* self, int64_t i, int64_t next) {
     PlanarRun& run = *static_cast<PlanarRun*>(self);
-    const Piece piece = run.piece_to_map(i);
+    const Piece piece = run.pieces_[i];
     int64_t ahead = 0;
     if (next >= 0) {
-      const Piece then = run.piece_to_map(next);
+      const Piece then = run.pieces_[next];
       const Operand& x = run.call_.x;
       ahead = (then.n0 - piece.n0) * x.stride_n + (then.c - piece.c) * x.stride_c + then.l0 - piece.l0;
     }
@@ -229,17 +251,9 @@ template <class Pass> class PlanarRun {
     const PlanarRun& run = *static_cast<PlanarRun*>(self);
     const Call& call = run.call_;
     const int64_t end = (i + 1) * run.together_ < call.N * call.C ? (i + 1) * run.together_ : call.N * call.C;
-    int64_t n = i * run.together_ / call.C, c = i * run.together_ % call.C;
-    for (int64_t r = i * run.together_; r < end; ++r) {
-      run.pass_.map({c, n, n + 1, 0, call.L}, 0);
-      if (++c < call.C) continue;
-      c = 0;
-      ++n;
-    }
+    run.pass_.map_runs(i * run.together_, end);
     if (run.pass_.stream) finish_streams();
   }
-  // From the back, where the first pass has left the last pieces in the cache.
-  Piece piece_to_map(int64_t i) const { return pieces_[call_.reduces ? pieces_.number() - 1 - i : i]; }
 
   void reduce(int threads) {
     // Behind the coefficients of the channels, in the same arena.

@@ -122,6 +122,46 @@ inline void apply_run(T* y, const T* x, const T* residual, int64_t n, const Coef
   else ahead ? run(No{}, Yes{}) : run(No{}, No{});
 }
 
+// The same for runs of `length` values that lie side by side, as if they were one: no vector but the last is partial, and all
+// are as aligned as the first. A vector that two runs share takes the coefficients of each where it applies, so that
+// length must be no less than a vector's. `of`: by channel; the first run belongs to channel c.
+template <class T, Kind K>
+inline void apply_runs(T* y, const T* x, const T* residual, int64_t runs, int64_t length, int64_t c, int64_t channels,
+                       const Coefficients<Arithmetic<T>>* of, Activation which, bool stream) {
+  using A = Arithmetic<T>;
+  using V = Vector<A>;
+  constexpr int64_t lanes = kLanes<A>;
+  typename Register<A>::Mask lane;
+  for (int64_t k = 0; k < lanes; ++k) lane[k] = k;
+  auto run = [&](auto has_residual, auto whole) {
+    auto step = [&](int64_t i, V mean, V scale, V shift, auto how) {
+      V z = (take(x + i, how) - mean) * scale + shift;
+      if constexpr (has_residual.value) z += take(residual + i, how);
+      put(y + i, activate<K>(z, which), how);
+    };
+    V mean = broadcast(of[c].mean), scale = broadcast(of[c].scale), shift = broadcast(of[c].shift);
+    int64_t i = 0;
+    for (int64_t end = length; end <= runs * length; end += length) {
+      for (; i + lanes <= end; i += lanes) step(i, mean, scale, shift, whole);
+      const bool is_last = end == runs * length;
+      if (is_last && i < end) step(i, mean, scale, shift, Part{end - i});
+      if (is_last) break;
+      if (++c == channels) c = 0;
+      const V next_mean = broadcast(of[c].mean), next_scale = broadcast(of[c].scale);
+      const V next_shift = broadcast(of[c].shift);
+      if (i < end) {
+        const auto mine = lane < static_cast<decltype(lane[0] + 0)>(end - i);
+        step(i, mine ? mean : next_mean, mine ? scale : next_scale, mine ? shift : next_shift, whole);
+        i += lanes;
+      }
+      mean = next_mean, scale = next_scale, shift = next_shift;
+    }
+  };
+  stream = stream && reinterpret_cast<uintptr_t>(y) % kStreamBytes<T> == 0;
+  if (residual) stream ? run(Yes{}, Streamed{}) : run(Yes{}, Whole{});
+  else stream ? run(No{}, Streamed{}) : run(No{}, Whole{});
+}
+
 // Adds dz and dz * (x - mean).
 template <class T, Kind K, bool HasResidual>
 inline void add_gradients(Sums<Arithmetic<T>>& sums, const T* dy, const T* x, const T* residual, int64_t n,
