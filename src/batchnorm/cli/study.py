@@ -78,7 +78,7 @@ def study(
     ),
     tier: Annotated[
         TierName,
-        typer.Option(help="quick: digits and wine, 2 minutes; standard: MNIST, 5 minutes; full: CIFAR-10, 15 minutes."),
+        typer.Option(help="quick: digits and wine, 2 minutes; standard: MNIST, 8 minutes; full: CIFAR-10, 19 minutes."),
     ] = TierName.quick,
     data: Annotated[
         Path | None,
