@@ -208,15 +208,13 @@ def training_steps(
         made.load_state_dict(state)
         return made.to(device.name, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    saving = "ours, fused, save_memory"
     networks = {
         "eager": network(nn.BatchNorm2d, Block),
         "ours": network(batchnorm.BatchNorm2d, Block),
         "ours, fused": network(batchnorm.BatchNorm2d, FusedBlock),
+        saving: network(batchnorm.BatchNorm2d, FusedBlock),
     }
-    if hasattr(batchnorm, "save_memory"):
-        frugal = network(batchnorm.BatchNorm2d, FusedBlock)
-        saved = batchnorm.save_memory(frugal)
-        networks["ours, fused, save_memory"] = saved if isinstance(saved, nn.Module) else frugal
     if with_compile:
         torch._dynamo.reset()
         networks["compile"] = compiled(network(nn.BatchNorm2d, Block), device)
@@ -224,7 +222,8 @@ def training_steps(
 
     def step(name: str) -> None:
         optimizers[name].zero_grad()
-        with torch.autocast("cuda", torch.bfloat16) if device.is_gpu else nullcontext():
+        memory = batchnorm.save_memory() if name == saving else nullcontext()
+        with memory, torch.autocast("cuda", torch.bfloat16) if device.is_gpu else nullcontext():
             loss = F.cross_entropy(networks[name](x), labels)
         loss.backward()
         optimizers[name].step()
