@@ -256,6 +256,16 @@ def test_treat_writes_the_weights_that_it_adopts(shift, monkeypatch):
     assert np.corrcoef(table["a"], table["weight"])[0, 1] > 0.4
 
 
+def test_treat_says_that_a_file_was_not_written(shift, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("batchnorm.shift.treat"), "adopted", lambda evidence: None)
+    status, out, _ = shift(
+        "treat", "ref.json", "moved.parquet", "--target", "y", "--labels", "few.csv", "-o", "w.parquet"
+    )
+    assert status == 0
+    assert "Not written: w.parquet" in out
+    assert not Path("w.parquet").exists()
+
+
 NETWORK = """
 import torch
 def make():

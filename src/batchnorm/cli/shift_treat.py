@@ -60,7 +60,7 @@ def treat(
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    typer.echo(_text(result))
+    typer.echo(_text(result, out))
 
 
 def _check_out(out: Path | None, model: str | None, weights: Path | None, force: bool) -> None:
@@ -160,7 +160,7 @@ def _network(
     }
 
 
-def _text(result: dict[str, Any]) -> str:
+def _text(result: dict[str, Any], out: Path | None) -> str:
     """The result as lines for the terminal."""
     if result["adopted"] is None:
         lines = ["No recommendation: without labelled rows nobody can tell whether a treatment helps (--labels)."]
@@ -185,4 +185,6 @@ def _text(result: dict[str, Any]) -> str:
         lines.append("  ".join([*parts, one["what"]]))
     if result["written"]:
         lines.append(f"Written: {result['written']}")
+    elif out is not None:
+        lines.append(f"Not written: {out}, as nothing that it can hold was adopted")
     return "\n".join(lines)
