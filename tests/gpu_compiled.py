@@ -21,6 +21,7 @@ from triton.compiler import ASTSource
 
 from batchnorm.kernels.contract import Affine, Branch
 from batchnorm.kernels.triton import backend, dual
+from batchnorm.stats.moments import Moments
 
 KERNELS = {
     backend: (
@@ -78,13 +79,16 @@ def compiled(kernel, _, args, named):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def described(code):
-    """Registers, bytes of stack, and how often each instruction that touches memory stands in the machine code."""
+def described(code, *, reads_tiles):
+    """Registers, bytes of stack, and how often each instruction that touches memory stands in the machine code.
+
+    Those are looked for where tiles are read: to disassemble takes longer than to compile.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
         usage = _printed("cuobjdump", "-res-usage", file.name)
-        machine = _printed("nvdisasm", "-c", file.name)
+        machine = _printed("nvdisasm", "-c", file.name) if reads_tiles else ""
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
     names = re.findall(r"\b((?:LDG|STG|LDL|STL)[.\w]*)", machine)
     return {"registers": registers, "stack": stack, "memory": {name: names.count(name) for name in set(names)}}
@@ -100,12 +104,13 @@ def run(shape, dtype, memory_format, activation, form):
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format).reshape(n, channels, -1)
     weight = torch.empty(channels, device="meta")
     affine = Affine(weight, weight, 1e-5, activation)
-    moments = backend.stats(x)
-    if form == "dual":
+    if form == "dual":  # whose statistics are the others', taken twice
+        moments = Moments(weight.double(), weight.double(), x.numel() // channels)
         first, second = Branch(x, moments, affine), Branch(x, moments, affine._replace(activation=None))
         backend.apply_both(first, second)
         backend.backward_both(x, first, second, is_estimated=(True, True), wants_sums=True)
         return
+    moments = backend.stats(x)
     kept = None
     if form == "residual":
         kept = backend.apply_packing(x, moments, affine, x)[1]
@@ -124,5 +129,7 @@ if __name__ == "__main__":
         shape, dtype, layout, activation, form = case
         run(shape, getattr(torch, dtype), FORMATS[layout], activation, form)
         for launch in launches:
-            print(json.dumps({"case": case, "kernel": launch[0].__name__, **described(compiled(*launch))}))
+            kernel = launch[0]
+            found = described(compiled(*launch), reads_tiles="BR" in kernel.arg_names)
+            print(json.dumps({"case": case, "kernel": kernel.__name__, **found}))
         launches.clear()
