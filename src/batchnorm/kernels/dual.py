@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from batchnorm.kernels import operations
+from batchnorm.kernels import operations, recomputation
 from batchnorm.kernels.autograd import Work, like, without_base
 from batchnorm.kernels.checks import check_count
 from batchnorm.kernels.contract import Activation, Affine, Branch, DualBackend, Statistics
@@ -47,11 +47,18 @@ def batch_norm(
         Work(view, backend, None, second.given, second.eps, None, None),
     )
     inputs = (*first[:3], *second[:3])
+
+    def node() -> torch.Tensor:
+        return in_memory_format(NormaliseBoth.apply(*inputs, work), view)  # type: ignore[no-untyped-call]
+
+    def again(*inputs: Any) -> torch.Tensor:
+        return in_memory_format(work.apply(backend, inputs[:3], inputs[3:]), view)
+
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y = NormaliseBoth.apply(*inputs, work)  # type: ignore[no-untyped-call]
+        y = recomputation.noted(node, inputs, again, keeps_inputs=True)
     else:
-        y = work.forward(backend, first[:3], second[:3])
-    return in_memory_format(y, view), (work.first.used, work.second.used)
+        y = in_memory_format(work.forward(backend, first[:3], second[:3]), view)
+    return y, (work.first.used, work.second.used)
 
 
 class DualWork:
@@ -71,6 +78,10 @@ class DualWork:
                 work.folded = backend.stats(folded)
                 check_count(work.folded, folded)
                 work.used = reshaped(work.folded, work.view.channels)
+        return self.apply(backend, first, second)
+
+    def apply(self, backend: DualBackend, first: Inputs, second: Inputs) -> torch.Tensor:
+        """y, with the statistics of the last `forward`."""
         return self.first.view.unfold(backend.apply_both(_branch(self.first, first), _branch(self.second, second)))
 
     def backward(

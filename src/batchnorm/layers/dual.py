@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from batchnorm.kernels import dual, recomputation
+from batchnorm.kernels import dual
 from batchnorm.kernels.checks import checked_view
 from batchnorm.kernels.dispatch import dual_backend_for
 from batchnorm.kernels.transforms import has_plain_memory, must_look_inside
@@ -30,7 +30,7 @@ def dual_batch_norm(first: torch.nn.Module, input: Tensor, second: torch.nn.Modu
 
     That is done on a GPU with plain tensors, for BatchNorm and BatchNorm1d to 3d without hooks, the second one without
     an activation. In any other case the one layer is called after the other: on a CPU, in compiled and exported code,
-    under torch.func, within save_memory(), and with any other module in the place of a layer.
+    under torch.func, and with any other module in the place of a layer.
 
     Args:
         first: a layer of ours, or what else takes `(input, residual)`; its activation is that of the sum.
@@ -64,7 +64,7 @@ def dual_batch_norm(first: torch.nn.Module, input: Tensor, second: torch.nn.Modu
 
 def _in_one_pass(first: torch.nn.Module, input: Tensor, second: torch.nn.Module, residual: Tensor) -> Tensor | None:
     """What `dual_batch_norm` gives; None, and nothing done, where that is not the way."""
-    if not (type(input) is type(residual) is Tensor) or recomputation.current() is not None:
+    if not (type(input) is type(residual) is Tensor):
         return None
     backend = dual_backend_for(input)
     if backend is None or not (_runs_by_itself(first) and _runs_by_itself(second)):
