@@ -18,7 +18,7 @@ from cases import ACTIVATIONS, DTYPES, VIEW_PARAMS, close, make_like, make_param
 from torch import nn
 
 import batchnorm
-from batchnorm import BatchNorm, BatchNorm2d, dual_batch_norm, fold, freeze, fuse_activations
+from batchnorm import BatchNorm, BatchNorm2d, convert, dual_batch_norm, fold, freeze, fuse_activations
 from batchnorm.errors import DtypeError, ShapeError
 from batchnorm.kernels import dispatch
 from batchnorm.kernels.contract import Affine, Branch
@@ -394,6 +394,18 @@ def test_fused_blocks_take_this_way(passes):
     for one in (fused, copy.deepcopy(again)):
         torch.testing.assert_close(one(x), expected, rtol=1e-4, atol=1e-4)
     assert [name for name, _ in passes] == ["apply_both"] * 2
+
+
+def test_a_graph_keeps_it_and_shows_what_is_called_with_a_residual():
+    x = torch.randn(2, 3, 4, 4)
+    graph, _ = fuse_activations(torch.fx.symbolic_trace(Shortcut()), x)
+    assert "dual_batch_norm" in graph.code
+    _, report = convert(graph, "torch")
+    assert [one.names for one in report.changed] == [("shortcut.1",)]
+    assert [(one.name, "a residual" in one.why) for one in report.skipped] == [("norm", True)]
+    plain = torch.fx.symbolic_trace(graph)
+    assert "dual_batch_norm" not in plain.code
+    torch.testing.assert_close(plain.eval()(x), graph.eval()(x))
 
 
 def test_layers_of_other_kinds_are_added_as_before():
