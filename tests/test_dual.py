@@ -138,6 +138,8 @@ def test_cut_among_programs_at_a_large_mean(monkeypatch, shape, arrange):
     monkeypatch.setattr(layout, "_PROGRAMS", 9)
     x = arrange(torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4).float()
     first, second, dy = _branches(x, "relu", mean=-1e4)
+    # What the two inputs go along with: only then much flows through the variances.
+    dy += sum(one.x - one.statistics.mean[:, None].float() for one in (first, second))
     seen = layout.layout_of(x, is_masked=False)
     assert seen.tiling(1).splits(seen, seen.tiling(1).number) > 1
     y, found = _compare(first, second, dy)
@@ -267,6 +269,12 @@ def test_frozen_layers_need_no_sums(passes):
     mine = x.grad, other.grad
     x.grad = other.grad = None
     in_turn(layers[0], x, layers[1], other).square().sum().backward()
+    torch.testing.assert_close(mine, (x.grad, other.grad), rtol=1e-5, atol=1e-5)
+    x.grad = other.grad = None
+    y = dual_batch_norm(layers[0], x, layers[1], other)
+    for layer in layers:  # statistics that move on before backward are not those of the forward
+        layer.running_var.mul_(4)
+    y.square().sum().backward()
     torch.testing.assert_close(mine, (x.grad, other.grad), rtol=1e-5, atol=1e-5)
 
 
