@@ -3,7 +3,8 @@
     make bench-gpu          # or: PYTHONPATH=src python3 benchmarks/gpu.py
 
 Needs the source tree, PyTorch and Triton, and nothing installed: the CPU core may be absent. The twelve activations
-of ResNet-50 at batch 256, forward and backward; then a training step of ResNet-50, its time and its memory. Takes less
+of ResNet-50 at batch 256, forward and backward, and the four at which two branches meet that are both normalised; then
+a training step of ResNet-50, its time and its memory. Takes less
 than eight minutes: what torch.compile has not compiled by then is left out, and said. --dry-run goes through everything
 on the CPU with tiny shapes and writes nothing; its times mean nothing.
 """
@@ -33,13 +34,17 @@ from torch import nn
 
 import batchnorm
 from batchnorm.kernels import dispatch
+from batchnorm.kernels.contract import Activation
 
 SHAPES = [
     (64, 112), (64, 56), (256, 56), (128, 56), (128, 28), (512, 28),
     (256, 28), (256, 14), (1024, 14), (512, 14), (512, 7), (2048, 7),
 ]  # fmt: skip
 """Channels, and height and width, of the activations that ResNet-50 normalises."""
-UNITS = {"bn": (3, 5), "bn_relu": (3, 5), "bn_add_relu": (4, 6)}
+DUAL = "dual_bn_relu"
+DUAL_SHAPES = [(256, 56), (512, 28), (1024, 14), (2048, 7)]
+"""Those in which a block with a convolution in its shortcut ends."""
+UNITS = {"bn": (3, 5), "bn_relu": (3, 5), "bn_add_relu": (4, 6), DUAL: (5, 8)}
 """Passes over the activation, forward and backward, that kernels with two passes cannot do without; the bits that add
 and ReLU keep, a sixteenth of a bfloat16 tensor, are left out."""
 COLUMNS = (
@@ -93,21 +98,42 @@ class Layer(nn.Module):
     def __init__(self, channels: int, operation: str) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(channels)
+        self.shortcut = nn.BatchNorm2d(channels) if operation == DUAL else nn.Identity()
         self.operation = operation
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
         y = self.norm(x)
         if residual is not None:
-            y += residual
+            y += self.shortcut(residual)
         return y if self.operation == "bn" else F.relu(y, inplace=True)
+
+
+class Branches(nn.Module):
+    """Our layers of two branches, in one pass or one after the other."""
+
+    def __init__(self, channels: int, *, in_turn: bool) -> None:
+        super().__init__()
+        self.norm = batchnorm.BatchNorm2d(channels, activation="relu")
+        self.shortcut = batchnorm.BatchNorm2d(channels)
+        self.in_turn = in_turn
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> Any:
+        if self.in_turn:
+            return self.norm(x, self.shortcut(other))
+        return batchnorm.dual_batch_norm(self.norm, x, self.shortcut, other)
 
 
 def peers(case: Case, device: Device, *, with_compile: bool) -> dict[str, Callable[..., torch.Tensor]]:
     """Each contender as a function of x and the residual."""
     channels = case.shape[1]
     eager = Layer(channels, case.operation).to(device.name)
-    ours = batchnorm.BatchNorm2d(channels, activation=None if case.operation == "bn" else "relu").to(device.name)
-    found: dict[str, Callable[..., torch.Tensor]] = {"eager": eager, "ours": ours}
+    found: dict[str, Callable[..., torch.Tensor]] = {"eager": eager}
+    if case.operation == DUAL:
+        found["ours"] = Branches(channels, in_turn=False).to(device.name)
+        found["ours, in turn"] = Branches(channels, in_turn=True).to(device.name)
+    else:
+        activation: Activation | None = None if case.operation == "bn" else "relu"
+        found["ours"] = batchnorm.BatchNorm2d(channels, activation=activation).to(device.name)
     if with_compile:
         torch._dynamo.reset()
         found["compile"] = compiled(Layer(channels, case.operation).to(device.name), device)
@@ -135,7 +161,7 @@ def measure(case: Case, device: Device, samples: int, *, with_compile: bool) -> 
     """
     x, residual, dy = tensors(case, device)
     x.requires_grad_()
-    added = residual.requires_grad_() if case.operation == "bn_add_relu" else None
+    added = residual.requires_grad_() if case.operation in ("bn_add_relu", DUAL) else None
     wanted = [t for t in (x, added) if t is not None]
     seconds: dict[tuple[str, str], list[float]] = {}
     contenders = peers(case, device, with_compile=with_compile)
@@ -259,10 +285,10 @@ def report(rows: list[dict[str, Any]]) -> str:
         of_kind = [row for row in shapes if tuple(row[key] for key in keys) == kind]
         by_peer = {
             peer: {row["shape"]: float(row["median_us"]) for row in of_kind if row["peer"] == peer}
-            for peer in ("eager", "compile", "ours")
+            for peer in ("eager", "compile", "ours, in turn", "ours")
         }
         parts = []
-        for peer in ("eager", "compile"):
+        for peer in ("eager", "compile", "ours, in turn"):
             ratios = sorted(took / by_peer["ours"][shape] for shape, took in by_peer[peer].items())
             if ratios:
                 parts.append(f"{peer} {ratios[len(ratios) // 2]:.2f}x (least {ratios[0]:.2f}x of {len(ratios)})")
@@ -304,15 +330,18 @@ def main() -> None:
             sys.exit(f"The GPU kernels cannot run here: {why}")
     # What is asked for first comes first: bfloat16 and channels-last, as networks are trained on GPUs.
     dtypes, layouts = (torch.bfloat16, torch.float32), ("channels_last", "contiguous")
-    shapes = [(256, c, s, s) for c, s in SHAPES] if device.is_gpu else [(4, 8, 3, 3)]
     if not device.is_gpu:
         dispatch.set_backend("triton")
     rows: list[dict[str, Any]] = []
     seconds = asked.minutes * 60
     steps_take = 0.4 * seconds  # of which most is compiling ResNet-50
     left_out = 0
-    for dtype, layout, operation, shape in itertools.product(dtypes, layouts, UNITS, shapes):
-        case = Case(shape, dtype, layout, operation)
+    cases = [
+        Case((256, channels, size, size) if device.is_gpu else (4, 8, 3, 3), dtype, layout, operation)
+        for dtype, layout, operation in itertools.product(dtypes, layouts, UNITS)
+        for channels, size in (DUAL_SHAPES if operation == DUAL else SHAPES)[: None if device.is_gpu else 1]
+    ]
+    for case in cases:
         with_compile = time.monotonic() - start < seconds - steps_take
         left_out += not with_compile
         rows += rows_of(case, measure(case, device, asked.samples, with_compile=with_compile), bandwidth, stamp)

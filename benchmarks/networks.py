@@ -39,7 +39,10 @@ class Block(nn.Module):
 
 
 class FusedBlock(Block):
-    """The same block written for our layers: each activation, and the sum before the last, in the layer before it."""
+    """The same block written for our layers: each activation, and the sum before the last, in the layer before it.
+
+    Where the shortcut has a layer of its own, the sum is one pass over both branches.
+    """
 
     def __init__(self, norm: Norm, into: int, width: int, stride: int, *, is_bottleneck: bool) -> None:
         super().__init__(norm, into, width, stride, is_bottleneck=is_bottleneck)
@@ -50,7 +53,11 @@ class FusedBlock(Block):
         y = x
         for conv, norm in zip(self.convs[:-1], self.norms[:-1], strict=True):
             y = norm(conv(y))
-        return self.norms[-1](self.convs[-1](y), self.shortcut(x))
+        y = self.convs[-1](y)
+        if isinstance(self.shortcut, nn.Identity):
+            return self.norms[-1](y, x)
+        conv, norm = self.shortcut
+        return batchnorm.dual_batch_norm(self.norms[-1], y, norm, conv(x))
 
 
 def resnet20(norm: Norm, block: type[Block] = Block) -> nn.Module:

@@ -19,10 +19,18 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from batchnorm.kernels.contract import Affine
-from batchnorm.kernels.triton import backend
+from batchnorm.kernels.contract import Affine, Branch
+from batchnorm.kernels.triton import backend, dual
+from batchnorm.stats.moments import Moments
 
-KERNELS = ("partial_moments", "merged_moments", "applied", "partial_sums", "merged_sums", "differentiated", "updated")
+KERNELS = {
+    backend: (
+        "partial_moments", "merged_moments", "applied", "partial_sums", "merged_sums", "differentiated", "updated",
+    ),
+    dual: (
+        "coefficients_of_both", "applied_both", "partial_sums_of_both", "merged_sums_of_both", "differentiated_both",
+    ),
+}  # fmt: skip
 TYPES = {
     torch.float64: "*fp64", torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16",
     torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
@@ -43,8 +51,9 @@ class Recorder:
 def record():
     """The launches from now on, as a list that grows."""
     launches = []
-    for name in KERNELS:
-        setattr(backend, name, Recorder(getattr(backend, name), launches))
+    for module, names in KERNELS.items():
+        for name in names:
+            setattr(module, name, Recorder(getattr(module, name), launches))
     return launches
 
 
@@ -70,13 +79,16 @@ def compiled(kernel, _, args, named):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-def described(code):
-    """Registers, bytes of stack, and how often each instruction that touches memory stands in the machine code."""
+def described(code, *, reads_tiles):
+    """Registers, bytes of stack, and how often each instruction that touches memory stands in the machine code.
+
+    Those are looked for where tiles are read: to disassemble takes longer than to compile.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code.asm["cubin"])
         file.flush()
         usage = _printed("cuobjdump", "-res-usage", file.name)
-        machine = _printed("nvdisasm", "-c", file.name)
+        machine = _printed("nvdisasm", "-c", file.name) if reads_tiles else ""
     registers, stack = (int(re.search(rf"{word}:(\d+)", usage).group(1)) for word in ("REG", "STACK"))
     names = re.findall(r"\b((?:LDG|STG|LDL|STL)[.\w]*)", machine)
     return {"registers": registers, "stack": stack, "memory": {name: names.count(name) for name in set(names)}}
@@ -86,15 +98,21 @@ def _printed(tool, *arguments):
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def run(shape, dtype, memory_format, activation, residual):
-    """One training step of a layer of that shape, without numbers."""
+def run(shape, dtype, memory_format, activation, form):
+    """One training step of a layer of that shape, without numbers: "alone", with a "residual", or two of them."""
     n, channels, *_ = shape
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format).reshape(n, channels, -1)
     weight = torch.empty(channels, device="meta")
     affine = Affine(weight, weight, 1e-5, activation)
+    if form == "dual":  # whose statistics are the others', taken twice
+        moments = Moments(weight.double(), weight.double(), x.numel() // channels)
+        first, second = Branch(x, moments, affine), Branch(x, moments, affine._replace(activation=None))
+        backend.apply_both(first, second)
+        backend.backward_both(x, first, second, is_estimated=(True, True), wants_sums=True)
+        return
     moments = backend.stats(x)
     kept = None
-    if residual:
+    if form == "residual":
         kept = backend.apply_packing(x, moments, affine, x)[1]
     else:
         backend.apply(x, moments, affine)
@@ -108,8 +126,10 @@ FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_
 if __name__ == "__main__":
     launches = record()
     for case in json.loads(sys.argv[1]):
-        shape, dtype, layout, activation, residual = case
-        run(shape, getattr(torch, dtype), FORMATS[layout], activation, residual)
+        shape, dtype, layout, activation, form = case
+        run(shape, getattr(torch, dtype), FORMATS[layout], activation, form)
         for launch in launches:
-            print(json.dumps({"case": case, "kernel": launch[0].__name__, **described(compiled(*launch))}))
+            kernel = launch[0]
+            found = described(compiled(*launch), reads_tiles="BR" in kernel.arg_names)
+            print(json.dumps({"case": case, "kernel": kernel.__name__, **found}))
         launches.clear()

@@ -144,8 +144,8 @@ def test_residual_blocks_with_one_relu_module():
             "bn1": "relu",
             **{f"layer{n}.bn1": "relu" for n in ("1.0", "1.1", "2.0")},
             **{f"layer{n}.bn2": "addition + relu" for n in ("1.0", "1.1", "2.0")},
+            "layer2.0.downsample.1": "in one pass with layer2.0.bn2",
         },
-        left={"layer2.0.downsample.1": "an addition to layer2.0.bn2, which takes the activation"},
     )
     assert type(new) is ResNet
     assert type(new.relu) is nn.Identity

@@ -25,6 +25,7 @@ PUBLIC = [
     "SyncBatchNorm",
     "batch_norm",
     "convert",
+    "dual_batch_norm",
     "export_onnx",
     "fold",
     "fold_onnx",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from batchnorm.layers.decorrelated import DecorrelatedBatchNorm as DecorrelatedBatchNorm
     from batchnorm.layers.domain import DomainBatchNorm as DomainBatchNorm
     from batchnorm.layers.domain import use_domain as use_domain
+    from batchnorm.layers.dual import dual_batch_norm as dual_batch_norm
     from batchnorm.layers.feature import FeatureNormalization as FeatureNormalization
     from batchnorm.layers.frozen import FrozenBatchNorm as FrozenBatchNorm
     from batchnorm.layers.ghost import GhostBatchNorm as GhostBatchNorm
@@ -47,6 +48,7 @@ _HOMES = {
     "BatchNorm2d": "batchnorm.layers.batch_norm",
     "BatchNorm3d": "batchnorm.layers.batch_norm",
     "convert": "batchnorm.surgery.conversion",
+    "dual_batch_norm": "batchnorm.layers.dual",
     "FeatureNormalization": "batchnorm.layers.feature",
     "Moments": "batchnorm.stats.moments",
     "export_onnx": "batchnorm.surgery.exporting",
@@ -86,6 +88,7 @@ __all__ = [
     "SyncBatchNorm",
     "batch_norm",
     "convert",
+    "dual_batch_norm",
     "export_onnx",
     "fold",
     "fold_onnx",

@@ -129,7 +129,7 @@ def batch_norm(
     return y, work.used
 
 
-def _in_graph(inputs: recomputation.Inputs, work: Work) -> torch.Tensor:
+def _in_graph(inputs: tuple[torch.Tensor | None, ...], work: Work) -> torch.Tensor:
     """The output as a node of autograd's graph; the layer's own node keeps the inputs, another one often the output."""
     view = work.view
 
@@ -139,7 +139,12 @@ def _in_graph(inputs: recomputation.Inputs, work: Work) -> torch.Tensor:
     if not recomputation.in_use:
         return node()
     again = partial(work.again, work.backend)  # backward may go on with another one
-    return recomputation.noted(node, inputs, work.activation, lambda *inputs: in_memory_format(again(*inputs), view))
+    return recomputation.noted(
+        node,
+        inputs,
+        lambda *inputs: in_memory_format(again(*inputs), view),
+        keeps_inputs=inputs[3] is None or work.activation is not None,
+    )
 
 
 def _into(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -213,6 +214,46 @@ def test_a_cuda_graph_replayed_100_times():
     assert captured[1].num_batches_tracked.item() == 103
 
 
+@pytest.mark.parametrize(
+    ("shape", "activation"),  # among millions of values some are so near 0 that ReLU may take either side
+    [((64, 256, 28, 28), "silu"), ((72, 512, 7, 7), "silu"), ((9, 20, 13, 11), "relu")],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_two_branches_in_one_pass(backend, monkeypatch, shape, activation, memory_format, dtype):
+    """Against one after the other in float64; the same bits again, and nothing waits for the GPU."""
+    passes, whole = [], backend.backward_both
+    monkeypatch.setattr(backend, "backward_both", lambda *args, **named: (passes.append(1), whole(*args, **named))[1])
+    layers = [BatchNorm2d(shape[1], activation=name, device="cuda") for name in (activation, None)]
+    images = [torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=memory_format) for _ in range(2)]
+    dy = torch.randn(shape, device="cuda", dtype=dtype).to(memory_format=memory_format)
+
+    def step(function, layers, images, dy):
+        first, second = copy.deepcopy(layers)
+        x, other = (image.clone().requires_grad_() for image in images)
+        y = function(first, x, second, other)
+        y.backward(dy)
+        found = [y, x.grad, other.grad, *(p.grad for layer in (first, second) for p in layer.parameters())]
+        return [*found, first.running_var, second.running_mean]
+
+    found = step(batchnorm.dual_batch_norm, layers, images, dy)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step(batchnorm.dual_batch_norm, layers, images, dy)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert len(passes) == 2
+    assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    wide = [image.double() for image in images]
+    exact = step(
+        lambda a, x, b, other: a(x, b(other)), [copy.deepcopy(layer).double() for layer in layers], wide, dy.double()
+    )
+    values = (dy.numel() / shape[1]) ** 0.5
+    for i, (one, other) in enumerate(zip(found, exact, strict=True)):
+        close(one.cpu(), other.detach().cpu(), dtype, values if 3 <= i < 7 else 1)
+
+
 def test_nothing_waits_for_the_gpu():
     layer = BatchNorm2d(16, activation="relu", device="cuda")
     x = torch.randn(8, 16, 9, 9, device="cuda", requires_grad=True)
@@ -294,16 +335,13 @@ def test_more_than_2_to_the_31_elements(memory_format):
 
 
 def test_save_memory_leaves_the_gradients_as_they_are():
-    if not hasattr(batchnorm, "save_memory"):
-        pytest.skip("this version has no save_memory")
     norms = [BatchNorm2d(32, activation="relu") for _ in range(2)]
     plain = nn.Sequential(nn.Conv2d(3, 32, 3), norms[0], nn.Dropout(0.1), nn.Conv2d(32, 32, 3), norms[1]).cuda()
     frugal = copy.deepcopy(plain)
-    found = batchnorm.save_memory(frugal)
-    frugal = found if isinstance(found, nn.Module) else frugal
     x = torch.randn(16, 3, 40, 40, device="cuda")
-    for model in (plain, frugal):
+    for model, memory in ((plain, nullcontext()), (frugal, batchnorm.save_memory())):
         torch.manual_seed(0)
-        model(x).square().mean().backward()
+        with memory:
+            model(x).square().mean().backward()
     for mine, theirs in zip(frugal.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad)

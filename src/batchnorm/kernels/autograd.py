@@ -170,8 +170,8 @@ class Work:
                 )
         return (
             self._unfold(dx) if for_x else None,
-            _like(sums.dz_xhat, weight) if sums is not None and weight is not None and for_weight else None,
-            _like(sums.dz, bias) if sums is not None and bias is not None and for_bias else None,
+            like(sums.dz_xhat, weight) if sums is not None and weight is not None and for_weight else None,
+            like(sums.dz, bias) if sums is not None and bias is not None and for_bias else None,
             (dy if residual is None else self._unfold(dresidual)) if for_residual else None,
         )
 
@@ -203,12 +203,10 @@ class Normalise(torch.autograd.Function):
     ) -> torch.Tensor:
         """See `Work.forward`."""
         y, kept = work.forward_keeping(x, weight, bias, residual)
-        if y._is_view():  # autograd refuses in-place operations, as of nn.ReLU(inplace=True), on a Function's view
-            y = y.new_empty(0).set_(y)  # type: ignore[call-overload]
         ctx.save_for_backward(x, weight, bias, kept)
         ctx.work = work
         work.keep_statistics()
-        return y
+        return without_base(y)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
@@ -223,7 +221,13 @@ def _over_ranks(sums: BackwardSums | None, ranks: Ranks | None) -> BackwardSums 
     return BackwardSums(*ranks.sum(torch.stack([sums.dz, sums.dz_xhat])))
 
 
-def _like(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def without_base(y: torch.Tensor) -> torch.Tensor:
+    """`y` as no view: on a Function's view autograd refuses in-place operations, as of nn.ReLU(inplace=True)."""
+    return y.new_empty(0).set_(y) if y._is_view() else y  # type: ignore[call-overload]
+
+
+def like(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient in dtype and shape of the weight or bias."""
     if gradient.dtype != parameter.dtype:
         gradient = gradient.to(parameter.dtype)
     return gradient if gradient.ndim == parameter.ndim else gradient.reshape(parameter.shape)

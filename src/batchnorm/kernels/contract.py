@@ -61,6 +61,25 @@ class Gradients(NamedTuple):
     sums: BackwardSums
 
 
+class Branch(NamedTuple):
+    """One of two normalisations whose results are added up."""
+
+    x: torch.Tensor
+    """(N, C, L), any strides."""
+    statistics: Statistics
+    affine: Affine
+    """The first one's activation is that of the sum; the second one has none."""
+
+
+class BranchGradients(NamedTuple):
+    """What backward gives for a `Branch`."""
+
+    x: torch.Tensor
+    """dx, like x."""
+    sums: BackwardSums | None
+    """None where they are not wanted."""
+
+
 class Core(NamedTuple):
     """What the compiled CPU core runs with."""
 
@@ -89,6 +108,11 @@ class Backend(Protocol):
     @property
     def packs(self) -> bool:
         """Whether it is a `PackingBackend`."""
+        ...
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it is a `DualBackend`."""
         ...
 
     def forward(
@@ -168,4 +192,21 @@ class PackingBackend(Backend, Protocol):
 
     def unpacked(self, signs: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The bits of `apply_packing` for that x as bool, (N, C, L)."""
+        ...
+
+
+class DualBackend(Backend, Protocol):
+    """A backend that adds two normalised tensors up as it normalises them: neither result is written and read again.
+
+    That is `apply(first, residual=apply(second))` and its backward; both x have one shape and one dtype.
+    """
+
+    def apply_both(self, first: Branch, second: Branch) -> torch.Tensor:
+        """activation(BN(first.x) + BN(second.x)), dtype and strides of first.x."""
+        ...
+
+    def backward_both(
+        self, dy: torch.Tensor, first: Branch, second: Branch, *, is_estimated: tuple[bool, bool], wants_sums: bool
+    ) -> tuple[BranchGradients, BranchGradients]:
+        """The gradients of both; `is_estimated`: whether dx takes part in the sums, which are wanted then."""
         ...

@@ -19,6 +19,7 @@ from batchnorm.stats.running import Running
 
 folds = True
 packs = False
+pairs = False
 
 WIDE = (torch.float64, torch.float32)
 

@@ -206,8 +206,8 @@ def _in_graph(
             return recomputation.noted(
                 partial(_apply, x, weight, bias, residual, activation, found),
                 (x, weight, bias, residual),
-                activation,
                 partial(_again, found[1], activation),
+                keeps_inputs=residual is None or activation is not None,
             )
         return cast(torch.Tensor, _apply(x, weight, bias, residual, activation, found))
     return found[0]

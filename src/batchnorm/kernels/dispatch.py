@@ -17,7 +17,7 @@ import torch
 
 from batchnorm.errors import ArgumentError
 from batchnorm.kernels import reference
-from batchnorm.kernels.contract import Affine, Backend, Core
+from batchnorm.kernels.contract import Affine, Backend, Core, DualBackend
 from batchnorm.kernels.transforms import has_plain_memory, must_look_inside
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
@@ -102,6 +102,14 @@ def why_no_triton(device: torch.device) -> str:
 def backend_now(x: torch.Tensor) -> Backend:
     """`backend_for(x)`, but the reference where somebody transforms the operations."""
     return _reference if must_look_inside() else backend_for(x)
+
+
+def dual_backend_for(x: torch.Tensor) -> DualBackend | None:
+    """The backend that adds two normalised tensors like x up in one pass; None where none does."""
+    if (x.is_cpu and _name != "triton") or not has_plain_memory(x):
+        return None
+    backend = backend_for(x)
+    return cast(DualBackend, backend) if backend.pairs else None
 
 
 def core_in_use() -> ModuleType | None:

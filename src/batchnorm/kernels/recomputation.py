@@ -18,14 +18,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from batchnorm.errors import ChangedInPlaceError
-from batchnorm.kernels.contract import Activation
 
-Optional: TypeAlias = torch.Tensor | None
+Inputs: TypeAlias = tuple[torch.Tensor | None, ...]
+"""What an output is made of."""
 
-Inputs: TypeAlias = tuple[torch.Tensor, Optional, Optional, Optional]
-"""x, weight, bias and residual."""
-
-Again: TypeAlias = Callable[[torch.Tensor, Optional, Optional, Optional], torch.Tensor]
+Again: TypeAlias = Callable[..., torch.Tensor]
 """Computes the output from the inputs once more, to the last bit; nothing else changes by it."""
 
 in_use = 0
@@ -146,9 +143,7 @@ class Recipe:
         return y
 
     def _computed(self) -> torch.Tensor:
-        x, weight, bias, residual = (None if one is None else one.take() for one in self.inputs)
-        assert x is not None
-        y = self.again(x, weight, bias, residual)
+        y = self.again(*(None if one is None else one.take() for one in self.inputs))
         if y.stride() != self.stride:
             y = y.new_empty_strided(self.shape, self.stride).copy_(y)
         return y
@@ -212,16 +207,14 @@ def current() -> Saving | None:
     return getattr(_threads, "saving", None)
 
 
-def noted(
-    node: Callable[[], torch.Tensor], inputs: Inputs, activation: Activation | None, again: Again
-) -> torch.Tensor:
+def noted(node: Callable[[], torch.Tensor], inputs: Inputs, again: Again, *, keeps_inputs: bool) -> torch.Tensor:
     """The output that `node` puts into autograd's graph; it is taken note of where it can be recomputed for nothing.
 
-    It cannot where the node does not keep what it was made of: a residual without an activation plays no part in
-    backward; and other hooks, as those of activation checkpointing, may stand in front of ours.
+    It cannot where the node does not keep what it was made of (`keeps_inputs`): a residual without an activation plays
+    no part in backward; and other hooks, as those of activation checkpointing, may stand in front of ours.
     """
     saving = current()
-    if saving is None or (inputs[3] is not None and activation is None):
+    if saving is None or not keeps_inputs:
         return node()
     before = saving.number_packed
     y = node()

@@ -17,6 +17,7 @@ from batchnorm.stats.moments import Moments
 
 folds = False
 packs = False
+pairs = False
 
 
 def forward(

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from batchnorm.errors import ArgumentError
 from batchnorm.layers.domain import DomainBatchNorm
+from batchnorm.layers.dual import dual_batch_norm
 from batchnorm.layers.inventory import Layers, chosen_of
 from batchnorm.layers.renorm import Schedule
 from batchnorm.layers.tracing import uncompiled
@@ -162,11 +163,12 @@ def _uses(model: torch.nn.Module, found: list[Place], example: Any) -> dict[str,
     by_module = {place.module: place.name for place in found}
     for place in places(model, lambda module: isinstance(module, torch.fx.GraphModule)):
         for node in place.module.graph.nodes:  # type: ignore[union-attr]
-            if (
-                node.op == "call_module"
-                and (name := by_module.get(place.module.get_submodule(node.target))) is not None
-            ):
-                uses[name] = Use(None, len(node.args) + len(node.kwargs) == 1)
+            # dual_batch_norm gives the layer that is its first argument a residual.
+            called = node.args[0] if node.target is dual_batch_norm else node
+            if called is node and node.op != "call_module":
+                continue
+            if (name := by_module.get(place.module.get_submodule(called.target))) is not None:
+                uses[name] = Use(None, called is node and len(node.args) + len(node.kwargs) == 1)
     if example is not None:
         twin = _copied(model)
 

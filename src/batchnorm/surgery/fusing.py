@@ -24,7 +24,7 @@ from batchnorm.surgery.block_graph import (
 from batchnorm.surgery.conversion import convert
 from batchnorm.surgery.examples import Arguments, arguments_of, copied
 from batchnorm.surgery.fusion_check import Checked, compare_training
-from batchnorm.surgery.fusion_patterns import NoPatternError, Pattern, fuse_in, pattern_at
+from batchnorm.surgery.fusion_patterns import NoPatternError, Pattern, fuse_both_in, fuse_in, pattern_at
 from batchnorm.surgery.inference_form import normalizations, why_watched
 from batchnorm.surgery.recognition import Reading, core_class, read, titled
 from batchnorm.surgery.replace import Place, places, put
@@ -37,7 +37,9 @@ def fuse_activations(
 ) -> tuple[torch.nn.Module, SurgeryReport]:
     """Puts activations that follow batch normalization layers into the layers, in training and evaluation alike.
 
-    BN -> activation and BN -> addition -> activation become one call of our layer, which reads and writes memory once.
+    BN -> activation and BN -> addition -> activation become one call of our layer, which reads and writes memory once;
+    two layers that are added to one another, as at the end of a residual block with a convolution in its shortcut,
+    become one call of `dual_batch_norm`.
     What follows what is read off each block's own forward by torch.fx, its children left whole; so control flow
     elsewhere does not matter. Where an activation is a module that does nothing else, torch.nn.Identity takes its place
     and no code changes. Where it is a function, is shared with other calls or comes after an addition, the block's
@@ -126,6 +128,13 @@ class _Found:
 
     layer: torch.nn.Module
     pattern: Pattern
+    other: _Found | None = None
+    """What it is added to, where that is a layer's output too and both are done in one pass."""
+
+    @property
+    def both(self) -> list[_Found]:
+        """It, and what is done in one pass with it."""
+        return [self] if self.other is None else [self, self.other]
 
 
 class _Fusion:
@@ -172,7 +181,7 @@ class _Fusion:
             swapped, others = self._divide(block, graph, found)
             if others and not isinstance(block, GraphModule):
                 # No more than has to be is written out in the block's forward: its parts are not called then.
-                meant = {one.layer for one in others}
+                meant = {each.layer for one in others for each in one.both}
                 needed = {part for part in looked_into if meant & set(part.modules())}
                 graph, others = self._look(block, needed, meant)
         except NotTraceableError as error:
@@ -212,12 +221,19 @@ class _Fusion:
         return graph, self._one_for_each(block, found)
 
     def _one_for_each(self, block: torch.nn.Module, found: list[_Found]) -> list[_Found]:
-        """Of two layers that are added to one another one takes the activation: the block's own before a part's."""
+        """Of two layers that are added to one another one takes the activation: the block's own before a part's.
+
+        The other one goes with it, in one pass, where both normalise by the batch alone.
+        """
         chosen: dict[Node, _Found] = {}
         own = set(parts_of(block, self.seen))
         for one in sorted(found, key=lambda one: one.layer not in own):
             other = chosen.setdefault(one.pattern.activation, one)
-            if other is not one:
+            if other is one:
+                continue
+            if _normalises_plainly(one.layer) and _normalises_plainly(other.layer):
+                other.other = one
+            else:
                 name = self.places[other.layer].name
                 self.reasons.setdefault(one.layer, f"after it comes an addition to {name}, which takes the activation")
         return [one for one in found if chosen[one.pattern.activation] is one]
@@ -269,7 +285,10 @@ class _Fusion:
 
     def _rewrite(self, block: torch.nn.Module, graph: Graph, found: list[_Found]) -> None:
         for one in found:
-            fuse_in(graph, one.pattern)
+            if one.other is None:
+                fuse_in(graph, one.pattern)
+            else:
+                fuse_both_in(graph, one.pattern, one.other.pattern)
             self._take(one, f"{type(block).__name__} with its forward written anew")
         if isinstance(block, GraphModule):
             block.recompile()
@@ -282,6 +301,12 @@ class _Fusion:
         addition = " + addition" if one.pattern.addition is not None else ""
         what = f"{before} -> {type(one.layer).__name__}{addition} + {one.pattern.name}"
         self._note(one.layer, what, how)
+        if one.other is not None:
+            layer = one.other.layer
+            before = titled(core_class(layer))
+            _become_ours(layer, None)
+            name = self.places[one.layer].name
+            self._note(layer, f"{before} -> {type(layer).__name__} in one pass with {name}", how)
 
     def _fuse_own(self, layer: torch.nn.Module) -> None:
         """The activation that a layer of another library has inside of it."""
@@ -302,7 +327,12 @@ class _Fusion:
         self.changed.append(Changed(self.places[layer].names, what, how))
 
 
-def _become_ours(layer: Any, activation: Activation) -> None:
+def _normalises_plainly(layer: torch.nn.Module) -> bool:
+    reading = read(layer)
+    return isinstance(reading, Reading) and reading.known.family == "batchnorm"
+
+
+def _become_ours(layer: Any, activation: Activation | None) -> None:
     reading = read(layer)
     assert isinstance(reading, Reading)
     if not reading.known.is_ours:

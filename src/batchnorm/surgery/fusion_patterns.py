@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from batchnorm.kernels.contract import Activation
+from batchnorm.layers.dual import dual_batch_norm
 from batchnorm.surgery.activations import fusable, has_hooks
 
 Shapes = Mapping[str, tuple[torch.Size, torch.dtype]]
@@ -92,9 +93,24 @@ def fuse_in(graph: Graph, pattern: Pattern) -> None:
     # Where the addition stood both of its sides are there, and what is added has not been written into since.
     with graph.inserting_before(pattern.addition or pattern.layer):
         new = graph.call_module(str(pattern.layer.target), new_args)
-    pattern.activation.replace_all_uses_with(new)
-    gone = [pattern.activation, pattern.addition, *reversed(pattern.passed), pattern.layer]
-    waiting = [node for node in gone if node is not None]
+    _put(graph, new, pattern)
+
+
+def fuse_both_in(graph: Graph, first: Pattern, second: Pattern) -> None:
+    """Makes one call of the calls of two patterns, whose layers are added to one another."""
+    assert first.addition is not None
+    with graph.inserting_before(first.addition):
+        layers = [graph.get_attr(str(one.layer.target)) for one in (first, second)]
+        args = (layers[0], first.layer.args[0], layers[1], second.layer.args[0])
+        new = graph.call_function(dual_batch_norm, args)
+    _put(graph, new, first, second)
+
+
+def _put(graph: Graph, new: Node, *patterns: Pattern) -> None:
+    """Puts `new` into the place of what the patterns are made of."""
+    patterns[0].activation.replace_all_uses_with(new)
+    gone = [node for one in patterns for node in (one.activation, one.addition, *one.passed, one.layer)]
+    waiting = {node for node in gone if node is not None}
     while waiting:  # the last one first: each is used by another one until then
         node = next(one for one in waiting if not one.users)
         graph.erase_node(node)
