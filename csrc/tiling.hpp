@@ -24,6 +24,8 @@ constexpr int64_t kShortestRun = 32;
 constexpr int64_t kLeastPiece = 8192, kMostPiece = 65536;
 // Values that make a piece of work where there is one pass only.
 constexpr int64_t kMapValues = 65536;
+// Bytes of each tensor that make one where a matrix's rows are mapped.
+constexpr int64_t kMapBytes = 256 << 10;
 // Rows of a matrix that one part of its statistics should have: merging a part costs as much as some dozen rows.
 constexpr int64_t kPartRows = 256;
 // How far ahead matrices are prefetched, at least: the group of rows in hand must be left behind, too.
@@ -74,6 +76,12 @@ inline int64_t parts_of(int64_t rows, int64_t bytes, int threads) {
   if (parts < threads) parts = threads;
   if (parts > rows / 8) parts = rows / 8;
   return parts > 0 ? parts : 1;
+}
+
+// Rows of a matrix that make a piece of work where values are mapped: each thread has one at least.
+inline int64_t map_rows(int64_t rows, int64_t row_bytes, int threads) {
+  const int64_t most = kMapBytes / row_bytes + 1, fair = (rows + threads - 1) / threads;
+  return fair < 1 ? 1 : most < fair ? most : fair;
 }
 
 // Threads that a call of so many bytes uses.

@@ -86,19 +86,41 @@ template <class A> inline ColumnCoefficients<A> cut_coefficients(Cutter& from, i
   return of;
 }
 
+inline ChannelValues cut_channels(Cutter& from, int64_t channels) {
+  ChannelValues out;
+  for (double** array : {&out.weight, &out.bias, &out.inverse_std}) *array = from.cut<double>(channels);
+  return out;
+}
+
 // By column, for the channels of the grid; with the `answers` to the statistics once the sums are known that these need.
 template <class A>
-inline void fill_coefficients(const Call& call, const Grid& grid, bool answers, const ColumnCoefficients<A>& of,
-                              Cutter room) {
-  ColumnCoefficients<A> by_channel = grid.columns == grid.channels ? of : cut_coefficients<A>(room, grid.channels);
+inline void fill_coefficients(const Call& call, const Grid& grid, const ChannelValues& channels, bool answers,
+                              const ColumnCoefficients<A>& of, Cutter room) {
+  const ColumnCoefficients<A> by_channel =
+      grid.columns == grid.channels ? of : cut_coefficients<A>(room, grid.channels);
+  const double *__restrict mean = call.mean + grid.first_channel, *__restrict weight = channels.weight;
+  const double *__restrict bias = channels.bias, *__restrict inverse_std = channels.inverse_std;
+  A *__restrict means = by_channel.mean, *__restrict scales = by_channel.scale, *__restrict shifts = by_channel.shift;
   for (int64_t c = 0; c < grid.channels; ++c) {
-    Coefficients<A> mine = coefficients<A>(call, grid.first_channel + c);
-    if (answers) answer_to_statistics(call, grid.first_channel + c, mine);
-    by_channel.mean[c] = mine.mean;
-    by_channel.scale[c] = mine.scale;
-    by_channel.shift[c] = mine.shift;
-    by_channel.by_x[c] = mine.by_x;
-    by_channel.constant[c] = mine.constant;
+    const Coefficients<A> mine = coefficients<A>(mean[c], weight[c], bias[c], inverse_std[c]);
+    means[c] = mine.mean;
+    scales[c] = mine.scale;
+    shifts[c] = mine.shift;
+  }
+  if (answers && answers_to_statistics(call)) {
+    const double *__restrict dz = call.sum_dz + grid.first_channel;
+    const double *__restrict dz_xhat = call.sum_dz_xhat + grid.first_channel;
+    A *__restrict by_x = by_channel.by_x, *__restrict constants = by_channel.constant;
+    const double inverse_count = 1 / static_cast<double>(call.count);
+    for (int64_t c = 0; c < grid.channels; ++c) {
+      Coefficients<A> mine{};
+      answer_to_statistics(mine, mean[c], weight[c], inverse_std[c], dz[c], dz_xhat[c], inverse_count);
+      by_x[c] = mine.by_x;
+      constants[c] = mine.constant;
+    }
+  } else if (answers) {
+    clear(by_channel.by_x, grid.channels);
+    clear(by_channel.constant, grid.channels);
   }
   if (by_channel.mean == of.mean) return;
   spread(of.mean, by_channel.mean, grid);
@@ -240,7 +262,7 @@ template <class T, Kind K> struct MatrixForward {
     count += added;
   }
 
-  void finish(const Grid& grid, double count, const double* first, const double* second) const {
+  void finish(const Grid& grid, const ChannelValues&, double count, const double* first, const double* second) const {
     for (int64_t c = 0; c < grid.channels; ++c) {
       call.mean[grid.first_channel + c] = first[c];
       call.var[grid.first_channel + c] = count > 0 ? second[c] / count : 0;
@@ -307,8 +329,15 @@ template <class T, Kind K> struct MatrixBackward {
     }
   }
 
-  void finish(const Grid& grid, double, const double* first, const double* second) const {
-    for (int64_t c = 0; c < grid.channels; ++c) write_sums<A>(call, grid.first_channel + c, first[c], second[c]);
+  void finish(const Grid& grid, const ChannelValues& channels, double, const double* __restrict first,
+              const double* __restrict second) const {
+    const double *__restrict mean = call.mean + grid.first_channel, *__restrict inverse_std = channels.inverse_std;
+    double *__restrict dz = call.sum_dz + grid.first_channel;
+    double *__restrict dz_xhat = call.sum_dz_xhat + grid.first_channel;
+    for (int64_t c = 0; c < grid.channels; ++c) {
+      dz[c] = first[c];
+      dz_xhat[c] = sum_dz_xhat<A>(mean[c], inverse_std[c], first[c], second[c]);
+    }
   }
 
   void map(const Grid& grid, int64_t r0, int64_t r1, bool with_tail, const ColumnCoefficients<A>& of, bool stream,
@@ -352,7 +381,7 @@ template <class Pass> class MatrixRun {
     }
     stream_ = stream && rows_are_aligned(call.y) && rows_are_aligned(call.dx) && rows_are_aligned(call.dresidual);
     parts_ = parts_of(whole_.rows, bytes, threads_);
-    map_rows_ = (256 << 10) / (whole_.columns * size) + 1;
+    map_rows_ = map_rows(whole_.rows, whole_.columns * size, threads_);
     tile_channels(size, tensors);
   }
 
@@ -363,14 +392,16 @@ template <class Pass> class MatrixRun {
     }
     Cutter room(scratch(Arena::call, call_bytes()));
     of_ = cut_coefficients<A>(room, whole_.columns);
+    channels_ = cut_channels(room, call_.C);
     first_ = room.cut<double>(parts_ * call_.C);
     second_ = room.cut<double>(parts_ * call_.C);
     counts_ = room.cut<double>(parts_);
     spare_ = room.cut<A>(5 * padded(call_.C) + 80);
     if (call_.reduces) reduce();
     if (!call_.maps) return;
-    fill_coefficients(call_, whole_, Pass::kIsBackward, of_, Cutter(spare_));
-    run_tasks(map_tasks(), threads_, map_rows, this, call_.reduces ? From::back : From::front);
+    if (!Pass::kIsBackward || !call_.reduces) channels_.load(call_, 0, call_.C);
+    fill_coefficients(call_, whole_, channels_, Pass::kIsBackward, of_, Cutter(spare_));
+    run_tasks(map_tasks(), threads_, map_part, this, call_.reduces ? From::back : From::front);
   }
 
  private:
@@ -421,26 +452,34 @@ template <class Pass> class MatrixRun {
     grid.run = call.L;
     grid.first_column = grid.first_channel * call.L;
     const size_t own = static_cast<size_t>(padded(grid.columns)) * sizeof(A) * 5 +
-                       static_cast<size_t>(grid.channels) * (16 + 5 * sizeof(A)) + 2048;
+                       static_cast<size_t>(grid.channels) * (40 + 5 * sizeof(A)) + 2048;
     Cutter room(scratch(Arena::task, own + Pass::task_bytes(grid)));
     const ColumnCoefficients<A> of = cut_coefficients<A>(room, grid.columns);
+    const ChannelValues channels = cut_channels(room, grid.channels);
     double *first = room.cut<double>(grid.channels), *second = room.cut<double>(grid.channels);
-    if (Pass::kIsBackward) fill_coefficients(call, grid, false, of, room);
+    if (Pass::kIsBackward) {
+      channels.load(call, grid.first_channel, grid.channels);
+      fill_coefficients(call, grid, channels, false, of, room);
+    }
     const double count = run.pass_.reduce(grid, 0, grid.rows, false, of, first, second, room);
-    run.pass_.finish(grid, count, first, second);
+    run.pass_.finish(grid, channels, count, first, second);
     if (!call.maps) return;
-    fill_coefficients(call, grid, Pass::kIsBackward, of, room);
+    if (!Pass::kIsBackward) channels.load(call, grid.first_channel, grid.channels);
+    fill_coefficients(call, grid, channels, Pass::kIsBackward, of, room);
     const int64_t ahead = next < 0 ? 0 : (next - index) * run.group_ * call.L;
     run.pass_.map(grid, 0, grid.rows, false, of, run.stream_, ahead);
   }
 
   void reduce() {
-    if (Pass::kIsBackward) fill_coefficients(call_, whole_, false, of_, Cutter(spare_));
+    if (Pass::kIsBackward) {
+      channels_.load(call_, 0, call_.C);
+      fill_coefficients(call_, whole_, channels_, false, of_, Cutter(spare_));
+    }
     run_tasks(parts_, threads_, reduce_part, this);
     double count = counts_[0];
     for (int64_t p = 1; p < parts_; ++p)
       pass_.merge_parts(call_.C, count, first_, second_, counts_[p], first_ + p * call_.C, second_ + p * call_.C);
-    pass_.finish(whole_, count, first_, second_);
+    pass_.finish(whole_, channels_, count, first_, second_);
   }
 
   static void reduce_part(void* self, int64_t p, int64_t) {
@@ -458,7 +497,7 @@ template <class Pass> class MatrixRun {
     return tasks < 1 ? 1 : tasks;
   }
 
-  static void map_rows(void* self, int64_t i, int64_t) {
+  static void map_part(void* self, int64_t i, int64_t) {
     const MatrixRun& run = *static_cast<MatrixRun*>(self);
     const int64_t last = run.map_tasks() - 1, r0 = i * run.map_rows_;
     const int64_t r1 = r0 + run.map_rows_ < run.whole_.rows ? r0 + run.map_rows_ : run.whole_.rows;
@@ -467,8 +506,8 @@ template <class Pass> class MatrixRun {
 
   size_t call_bytes() const {
     return static_cast<size_t>(padded(whole_.columns)) * sizeof(A) * 5 +
-           static_cast<size_t>(parts_ * call_.C + parts_) * 16 + static_cast<size_t>(padded(call_.C)) * sizeof(A) * 5 +
-           4096;
+           static_cast<size_t>(parts_ * call_.C + parts_) * 16 + static_cast<size_t>(call_.C) * 24 +
+           static_cast<size_t>(padded(call_.C)) * sizeof(A) * 5 + 4096;
   }
 
   const Call& call_;
@@ -478,6 +517,7 @@ template <class Pass> class MatrixRun {
   bool stream_ = false;
   int64_t parts_ = 1, map_rows_ = 1, group_ = 0;
   ColumnCoefficients<A> of_;
+  ChannelValues channels_;
   double *first_ = nullptr, *second_ = nullptr, *counts_ = nullptr;  // by part and channel
   A* spare_ = nullptr;
 };
