@@ -294,7 +294,7 @@ NB_MODULE(_cpu, m) {
   m.def("differentiate", &differentiate, nb::arg("done"), T("dy"), T("x"), T("weight"), T("bias"), T("residual"),
         nb::arg("wanted"), nb::arg("threads"));
   m.def("set_torch", &set_torch, nb::arg("tensor"), nb::arg("parameter"), nb::arg("empty_like"), nb::arg("is_neg"),
-        nb::arg("is_batched"), nb::arg("new_large"), nb::arg("large"));
+        nb::arg("new_large"), nb::arg("large"));
   m.def("update_running", &update_running, T("running_mean"), T("running_var"), T("tracked"), T("mean"), T("var"),
         nb::arg("count"), nb::arg("momentum"));
   m.def("pooled_like", &pooled_like, nb::arg("x"));

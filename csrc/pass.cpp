@@ -24,7 +24,7 @@ TensorView seen(nb::handle tensor) {
   try {
     return view_of(tensor);
   } catch (const nb::python_error&) {
-    throw NotOrdinary();  // torch would not show its memory: sparse, or without storage
+    throw NotOrdinary();  // torch would not show its memory: sparse, or without storage as under is_grads_batched
   } catch (const nb::builtin_exception&) {
     throw NotOrdinary();  // not in the memory of the CPU
   }

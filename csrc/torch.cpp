@@ -8,7 +8,7 @@ namespace {
 // Held for ever: at exit the interpreter may be gone before these.
 struct Torch {
   PyObject *tensor = nullptr, *parameter = nullptr;
-  PyObject *empty_like = nullptr, *is_neg = nullptr, *is_batched = nullptr, *new_large = nullptr;
+  PyObject *empty_like = nullptr, *is_neg = nullptr, *new_large = nullptr;
   size_t large = 0;
 };
 
@@ -23,10 +23,10 @@ nb::object called(PyObject* function, nb::handle argument) {
 
 }  // namespace
 
-void set_torch(nb::object tensor, nb::object parameter, nb::object empty_like, nb::object is_neg, nb::object is_batched,
-               nb::object new_large, size_t large) {
-  torch = {tensor.release().ptr(), parameter.release().ptr(),  empty_like.release().ptr(), is_neg.release().ptr(),
-           is_batched.release().ptr(), new_large.release().ptr(), large};
+void set_torch(nb::object tensor, nb::object parameter, nb::object empty_like, nb::object is_neg, nb::object new_large,
+               size_t large) {
+  torch = {tensor.release().ptr(), parameter.release().ptr(), empty_like.release().ptr(), is_neg.release().ptr(),
+           new_large.release().ptr(), large};
 }
 
 bool is_tensor(nb::handle value) {
@@ -35,7 +35,7 @@ bool is_tensor(nb::handle value) {
 }
 
 bool is_literal(nb::handle tensor) {
-  return called(torch.is_neg, tensor).is(Py_False) && called(torch.is_batched, tensor).is(Py_False);
+  return called(torch.is_neg, tensor).is(Py_False);
 }
 
 nb::object empty_like(nb::handle tensor, const TensorView& view) {

@@ -7,16 +7,15 @@
 
 namespace batchnorm {
 
-// tensor, parameter: the two classes whose memory holds what they are. empty_like, is_neg, is_batched: functions of one
+// tensor, parameter: the two classes whose memory holds what they are. empty_like, is_neg: functions of one
 // tensor. new_large: empty_like for outputs of `large` bytes and more.
 void set_torch(nanobind::object tensor, nanobind::object parameter, nanobind::object empty_like,
-               nanobind::object is_neg, nanobind::object is_batched, nanobind::object new_large, size_t large);
+               nanobind::object is_neg, nanobind::object new_large, size_t large);
 
 // Whether it is one of the two classes: subclasses and fake tensors have meanings of their own.
 bool is_tensor(nanobind::handle value);
 
-// Whether the memory of a tensor, one of the two classes, holds its values: no lazy sign, no batch of autograd.grad's
-// is_grads_batched behind it.
+// Whether the memory of a tensor, one of the two classes, holds its values: no lazy sign.
 bool is_literal(nanobind::handle tensor);
 
 // A new tensor like `tensor`, which `view` describes.

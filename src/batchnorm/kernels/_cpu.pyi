@@ -101,7 +101,6 @@ def set_torch(
     parameter: type,
     empty_like: Callable[[torch.Tensor], torch.Tensor],
     is_neg: Callable[[torch.Tensor], bool],
-    is_batched: Callable[[torch.Tensor], bool],
     new_large: Callable[[torch.Tensor], torch.Tensor],
     large: int,
     /,

@@ -210,7 +210,6 @@ _cpu.set_torch(
     *PLAIN_TENSORS,
     torch.empty_like,
     torch.Tensor.is_neg,
-    torch._C._functorch.is_legacy_batchedtensor,
     new_like,
     _cpu.POOLED_BYTES,
 )
