@@ -68,7 +68,7 @@ class DecorrelatedBatchNorm(torch.nn.Module):
         ArgumentError: group_size does not divide num_features, or the method is unknown.
 
     Example:
-        >>> x = torch.randn(64, 4) @ torch.randn(4, 4)
+        >>> x = torch.randn(64, 4) @ torch.ones(4, 4).tril()
         >>> y = DecorrelatedBatchNorm(4)(x)
         >>> torch.allclose(y.T @ y / 64, torch.eye(4), atol=1e-2)
         True
