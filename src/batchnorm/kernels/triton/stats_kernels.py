@@ -14,20 +14,26 @@ from batchnorm.kernels.triton.arithmetic import place
 
 @triton.jit
 def _values(
+    x, t, group, across, x_row, x_group, x_column, WIDE: tl.constexpr, PLANAR: tl.constexpr, BR: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """A tile of x that lies within it."""
+    row, column = place(t, group, across, BR, BK, PLANAR)
+    return tl.load(x + group.to(tl.int64) * x_group + row * x_row + column * x_column).to(WIDE)
+
+
+@triton.jit
+def _valid_values(
     x, mask, t, group, across, rows, columns, x_row, x_group, x_column, mask_row, mask_column,
     HAS_MASK: tl.constexpr, WIDE: tl.constexpr, PLANAR: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
-    BOUNDED: tl.constexpr,
 ):  # fmt: skip
     """A tile of x, and which of its positions count."""
     row, column = place(t, group, across, BR, BK, PLANAR)
+    valid = (row < rows) & (column < columns)
+    if HAS_MASK:
+        valid = valid & (tl.load(mask + row * mask_row + column * mask_column, mask=valid, other=0) != 0)
     at = x + group.to(tl.int64) * x_group + row * x_row + column * x_column
-    if not BOUNDED:
-        return tl.load(at).to(WIDE), None
-    else:
-        valid = (row < rows) & (column < columns)
-        if HAS_MASK:
-            valid = valid & (tl.load(mask + row * mask_row + column * mask_column, mask=valid, other=0) != 0)
-        return tl.load(at, mask=valid, other=0.0).to(WIDE), valid
+    return tl.load(at, mask=valid, other=0.0).to(WIDE), valid
 
 
 @triton.jit
@@ -48,14 +54,10 @@ def partial_moments(
         shift = tl.load(x + group.to(tl.int64) * x_group + row * x_row + column * x_column).to(WIDE)
     met = tl.full([], 0.0, WIDE)
     for block in range(split, full_blocks, splits):
-        a, _ = _values(x, mask, block * 4, group, across, rows, columns, x_row, x_group, x_column, mask_row,
-                       mask_column, HAS_MASK, WIDE, PLANAR, BR, BK, False)  # fmt: skip
-        b, _ = _values(x, mask, block * 4 + 1, group, across, rows, columns, x_row, x_group, x_column, mask_row,
-                       mask_column, HAS_MASK, WIDE, PLANAR, BR, BK, False)  # fmt: skip
-        c, _ = _values(x, mask, block * 4 + 2, group, across, rows, columns, x_row, x_group, x_column, mask_row,
-                       mask_column, HAS_MASK, WIDE, PLANAR, BR, BK, False)  # fmt: skip
-        d, _ = _values(x, mask, block * 4 + 3, group, across, rows, columns, x_row, x_group, x_column, mask_row,
-                       mask_column, HAS_MASK, WIDE, PLANAR, BR, BK, False)  # fmt: skip
+        a = _values(x, block * 4, group, across, x_row, x_group, x_column, WIDE, PLANAR, BR, BK)
+        b = _values(x, block * 4 + 1, group, across, x_row, x_group, x_column, WIDE, PLANAR, BR, BK)
+        c = _values(x, block * 4 + 2, group, across, x_row, x_group, x_column, WIDE, PLANAR, BR, BK)
+        d = _values(x, block * 4 + 3, group, across, x_row, x_group, x_column, WIDE, PLANAR, BR, BK)
         a, b, c, d = a - shift, b - shift, c - shift, d - shift
         centre = (a + b + c + d) * 0.25
         a, b, c, d = a - centre, b - centre, c - centre, d - centre
@@ -68,14 +70,22 @@ def partial_moments(
     # The first block of this program at or after full_blocks.
     missing = tl.maximum(full_blocks - split, 0)
     for block in range(split + (missing + splits - 1) // splits * splits, blocks, splits):
-        a, a_valid = _values(x, mask, block * 4, group, across, rows, columns, x_row, x_group, x_column, mask_row,
-                             mask_column, HAS_MASK, WIDE, PLANAR, BR, BK, True)  # fmt: skip
-        b, b_valid = _values(x, mask, block * 4 + 1, group, across, rows, columns, x_row, x_group, x_column, mask_row,
-                             mask_column, HAS_MASK, WIDE, PLANAR, BR, BK, True)  # fmt: skip
-        c, c_valid = _values(x, mask, block * 4 + 2, group, across, rows, columns, x_row, x_group, x_column, mask_row,
-                             mask_column, HAS_MASK, WIDE, PLANAR, BR, BK, True)  # fmt: skip
-        d, d_valid = _values(x, mask, block * 4 + 3, group, across, rows, columns, x_row, x_group, x_column, mask_row,
-                             mask_column, HAS_MASK, WIDE, PLANAR, BR, BK, True)  # fmt: skip
+        a, a_valid = _valid_values(
+            x, mask, block * 4, group, across, rows, columns, x_row, x_group, x_column, mask_row, mask_column,
+            HAS_MASK, WIDE, PLANAR, BR, BK,
+        )  # fmt: skip
+        b, b_valid = _valid_values(
+            x, mask, block * 4 + 1, group, across, rows, columns, x_row, x_group, x_column, mask_row, mask_column,
+            HAS_MASK, WIDE, PLANAR, BR, BK,
+        )  # fmt: skip
+        c, c_valid = _valid_values(
+            x, mask, block * 4 + 2, group, across, rows, columns, x_row, x_group, x_column, mask_row, mask_column,
+            HAS_MASK, WIDE, PLANAR, BR, BK,
+        )  # fmt: skip
+        d, d_valid = _valid_values(
+            x, mask, block * 4 + 3, group, across, rows, columns, x_row, x_group, x_column, mask_row, mask_column,
+            HAS_MASK, WIDE, PLANAR, BR, BK,
+        )  # fmt: skip
         fresh = a_valid.to(WIDE) + b_valid.to(WIDE) + c_valid.to(WIDE) + d_valid.to(WIDE)
         divisor = tl.maximum(fresh, 1.0)
         if HAS_MASK:  # padding may hold anything: the shift is a mean of values that count
