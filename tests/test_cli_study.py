@@ -167,5 +167,7 @@ def test_ctrl_c_then_resume(tmp_path):
     assert "The same command goes on" in output
     assert "Traceback" not in errors
     assert (out / "report.html").exists()
-    again = subprocess.run(_command(*CLAIM, "--out", out, "--json"), capture_output=True, text=True, check=True)
+    again = subprocess.run(
+        _command(*CLAIM, "--jobs", "1", "--out", out, "--json"), capture_output=True, text=True, check=True
+    )
     assert [one["name"] for one in json.loads(again.stdout)["claims"]] == ["feature_scaling"]
