@@ -26,3 +26,12 @@ def _seeded():
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def quiet_interpreter():
+    """Triton's interpreter computes with NumPy, whose warnings a GPU does not know."""
+    import numpy as np
+
+    with np.errstate(all="ignore"):
+        yield

@@ -27,12 +27,7 @@ from batchnorm.stats.running import Running
 pytest.importorskip("triton", reason="Triton is not installed")
 from batchnorm.kernels.triton import backend, layout
 
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """The interpreter computes with NumPy, whose warnings a GPU does not know."""
-    with np.errstate(all="ignore"):
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from cases import close
@@ -27,12 +26,7 @@ from batchnorm.kernels.contract import Affine
 pytest.importorskip("triton", reason="Triton is not installed")
 from batchnorm.kernels.triton import backend, layout
 
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    """The interpreter computes with NumPy, whose warnings a GPU does not know."""
-    with np.errstate(all="ignore"):
-        yield
+pytestmark = pytest.mark.usefixtures("quiet_interpreter")
 
 
 @pytest.fixture

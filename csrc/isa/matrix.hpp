@@ -397,9 +397,11 @@ template <class Pass> class MatrixRun {
     second_ = room.cut<double>(parts_ * call_.C);
     counts_ = room.cut<double>(parts_);
     spare_ = room.cut<A>(5 * padded(call_.C) + 80);
+    // Before forward's first pass there are no statistics yet.
+    if (Pass::kIsBackward) channels_.load(call_, 0, call_.C);
     if (call_.reduces) reduce();
     if (!call_.maps) return;
-    if (!Pass::kIsBackward || !call_.reduces) channels_.load(call_, 0, call_.C);
+    if (!Pass::kIsBackward) channels_.load(call_, 0, call_.C);
     fill_coefficients(call_, whole_, channels_, Pass::kIsBackward, of_, Cutter(spare_));
     run_tasks(map_tasks(), threads_, map_part, this, call_.reduces ? From::back : From::front);
   }
@@ -471,10 +473,7 @@ template <class Pass> class MatrixRun {
   }
 
   void reduce() {
-    if (Pass::kIsBackward) {
-      channels_.load(call_, 0, call_.C);
-      fill_coefficients(call_, whole_, channels_, false, of_, Cutter(spare_));
-    }
+    if (Pass::kIsBackward) fill_coefficients(call_, whole_, channels_, false, of_, Cutter(spare_));
     run_tasks(parts_, threads_, reduce_part, this);
     double count = counts_[0];
     for (int64_t p = 1; p < parts_; ++p)

@@ -283,6 +283,6 @@ def _statistics(done: Pass, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # Autograd's own apply in C++: torch.autograd.Function.apply first looks for torch.func's transforms, which nobody has
-# on who comes here. And the engine calls `backward` itself, not what first finds out that this is its name.
+# on who comes here. And the engine calls `backward`, not the method that looks for it first.
 _apply: Any = super(torch.autograd.Function, Direct).apply
 Direct._backward_cls.apply = Direct.backward  # type: ignore[attr-defined]

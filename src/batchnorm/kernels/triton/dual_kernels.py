@@ -43,6 +43,12 @@ def coefficients_of_both(
 
 
 @triton.jit
+def _of_forward(at, c_row):
+    """Rows 0 to 4 of the channels at `at`."""
+    return tl.load(at), tl.load(at + c_row), tl.load(at + 2 * c_row), tl.load(at + 3 * c_row), tl.load(at + 4 * c_row)
+
+
+@triton.jit
 def _before_activation(a_centred, b_centred, a_scale, b_scale, shift):
     """z, by one expression wherever it is wanted: what ReLU let through is then what it let through before."""
     return a_centred * a_scale + (b_centred * b_scale + shift)
@@ -64,8 +70,8 @@ def applied_both(
     a_values = tl.load(a + start * a_group + row * a_row + column * a_column, mask=valid, other=0.0).to(WIDE)
     b_values = tl.load(b + start * b_group + row * b_row + column * b_column, mask=valid, other=0.0).to(WIDE)
     at = coefficients + channel_of(column, group, channels, LENGTH, PLANAR) * c_channel
-    a_centred, b_centred = a_values - tl.load(at), b_values - tl.load(at + c_row)
-    a_scale, b_scale, shift = tl.load(at + 2 * c_row), tl.load(at + 3 * c_row), tl.load(at + 4 * c_row)
+    a_high, b_high, a_scale, b_scale, shift = _of_forward(at, c_row)
+    a_centred, b_centred = a_values - a_high, b_values - b_high
     z = _before_activation(a_centred, b_centred, a_scale, b_scale, shift)
     at = y + start * y_group + row * y_row + column * y_column
     tl.store(at, activated(z, ACTIVATION).to(y.dtype.element_ty), mask=valid)
@@ -84,8 +90,7 @@ def partial_sums_of_both(
     start = group.to(tl.int64)
     _, column = place(0, group, across, BR, BK, PLANAR)
     at = coefficients + channel_of(column, group, channels, LENGTH, PLANAR) * c_channel
-    a_high, b_high = tl.load(at), tl.load(at + c_row)
-    a_scale, b_scale, shift = tl.load(at + 2 * c_row), tl.load(at + 3 * c_row), tl.load(at + 4 * c_row)
+    a_high, b_high, a_scale, b_scale, shift = _of_forward(at, c_row)
     sum_dz = tl.zeros([BR, BK], WIDE)
     a_product, b_product = tl.zeros([BR, BK], WIDE), tl.zeros([BR, BK], WIDE)
     for block in range(split, blocks, splits):
@@ -186,8 +191,8 @@ def differentiated_both(
     b_values = tl.load(b + start * b_group + row * b_row + column * b_column, mask=valid, other=0.0).to(WIDE)
     dz = tl.load(dy + start * dy_group + row * dy_row + column * dy_column, mask=valid, other=0.0).to(WIDE)
     at = coefficients + channel_of(column, group, channels, LENGTH, PLANAR) * c_channel
-    a_centred, b_centred = a_values - tl.load(at), b_values - tl.load(at + c_row)
-    a_scale, b_scale, shift = tl.load(at + 2 * c_row), tl.load(at + 3 * c_row), tl.load(at + 4 * c_row)
+    a_high, b_high, a_scale, b_scale, shift = _of_forward(at, c_row)
+    a_centred, b_centred = a_values - a_high, b_values - b_high
     dz = through_activation(dz, _before_activation(a_centred, b_centred, a_scale, b_scale, shift), ACTIVATION)
     gradient = dz * a_scale
     if A_ESTIMATED:
