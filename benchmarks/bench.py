@@ -20,9 +20,9 @@ import results
 import tables
 import targets
 import workloads
-from workers import AS_IT_COMES, TUNED, Measured, Worker, environments, measure
+from workers import AS_IT_COMES, POOL_OFF, TUNED, Measured, Worker, environments, measure
 
-_PLAIN = ["copy", "clone", "eager", "ours", "compile", "jax", "onnxruntime"]
+_PEERS = ["clone", "eager", "compile", "jax", "onnxruntime"]
 _NETWORK_SECONDS = {"ResNet-20": 15.0, "ResNet-50": 60.0}
 
 
@@ -120,12 +120,18 @@ def _announce(head: dict[str, Any]) -> None:
 
 def _peers(case: workloads.Case, other: str, *, is_quick: bool) -> dict[str, list[str]]:
     """Who is measured under which setting of the memory; compilation takes most of the time of a quick run."""
-    plain = list(_PLAIN)
-    if is_quick and case.operation != "bn" and "compile" in plain:
-        plain.remove("compile")
+    turns = {AS_IT_COMES: ["copy", "ours"], TUNED: ["copy", "eager", "ours"], other: ["copy", "ours"]}
     if not is_quick and case.dtype == "float32" and case.operation == "bn_relu":
-        plain.append("ours, compiled")
-    return {AS_IT_COMES: plain, TUNED: ["copy", "eager", "ours"], other: ["copy", "ours"]}
+        turns[AS_IT_COMES].append("ours, compiled")
+    turns[_left_alone(other)] += [
+        peer for peer in _PEERS if not (is_quick and case.operation != "bn" and peer == "compile")
+    ]
+    return turns
+
+
+def _left_alone(other: str) -> str:
+    """The setting of the process in which our library leaves the memory alone; peers are measured there."""
+    return other if other == POOL_OFF else AS_IT_COMES
 
 
 def _measure_layers(
@@ -156,11 +162,10 @@ def _measure_networks(
 ) -> None:
     from networks import NETWORKS
 
-    everywhere = {
-        worker.memory: ["ours"] if worker.memory not in (AS_IT_COMES, TUNED) else ["eager", "ours"]
-        for worker in workers
-    }
+    everywhere = {worker.memory: ["ours"] for worker in workers}
     everywhere[AS_IT_COMES].append("ours, fused")
+    everywhere[TUNED].append("eager")
+    everywhere[_left_alone(workers[-1].memory)].append("eager")
     for name, seconds in _NETWORK_SECONDS.items():
         for layout in ("contiguous", "channels_last"):
             if options.quick and (name, layout) != ("ResNet-20", "contiguous"):
@@ -186,7 +191,7 @@ def _row(columns: dict[str, Any], found: Measured, copy: float | None) -> dict[s
     return {
         **columns,
         "peer": found.peer,
-        "memory": found.memory,
+        "memory": AS_IT_COMES if found.memory == POOL_OFF and found.peer in _PEERS else found.memory,
         "phase": found.phase,
         **{name: f"{seconds * 1e6:.2f}" for name, seconds in times.items()},
         "samples": found.time.samples,

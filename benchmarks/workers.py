@@ -19,6 +19,8 @@ from timing import Contender, Summary, summary
 
 AS_IT_COMES = "as it comes"
 TUNED = "malloc tuned"
+POOL_OFF = "pool off"
+"""Nothing of ours touches the memory: what our peers measured there is the memory as it comes to them."""
 _TUNABLES = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 _POOL_MB = "BATCHNORM_POOL_MB"
 
@@ -41,7 +43,7 @@ def environments(output_pool: str) -> dict[str, dict[str, str]]:
     Args:
         output_pool: what `batchnorm info` says about the pool.
     """
-    other = ("pool on", "512") if output_pool.startswith("off") else ("pool off", "0")
+    other = ("pool on", "512") if output_pool.startswith("off") else (POOL_OFF, "0")
     return {AS_IT_COMES: {}, TUNED: {"GLIBC_TUNABLES": _TUNABLES}, other[0]: {_POOL_MB: other[1]}}
 
 

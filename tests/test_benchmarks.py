@@ -52,7 +52,7 @@ def measured(tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
     command = [str(BENCHMARKS / "bench.py"), "--shape", "4x6", "--only", "float32 contiguous bn_add_relu", "--quick"]
     # Compilation takes longer than all tests here together: a peer that may be absent is absent.
-    code = "import sys, peers, bench; sys.argv = sys.argv[1:]; bench._PLAIN.remove('compile'); bench.main()"
+    code = "import sys, peers, bench; sys.argv = sys.argv[1:]; bench._PEERS.remove('compile'); bench.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *command, "--out", str(out)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])},
