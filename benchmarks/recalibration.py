@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from networks import resnet20, resnet50
 from results import append
 from timing import per_call
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import batchnorm
 
@@ -48,10 +49,16 @@ def main() -> None:
         ("MLP 3x512, torch.nn", lambda: _mlp(512), (256, 784), 64),
         ("MLP 3x100, torch.nn", lambda: _mlp(100), (512, 784), 20),
         ("MLP 3x100, torch.nn", lambda: _mlp(100), (60, 784), 20),
+        ("MLP 3x100, torch.nn", lambda: _mlp(100), (60, 784), 320),
+        ("MLP 3x100 in a class, torch.nn", lambda: _InAClass(_mlp(100)), (60, 784), 320),
+        ("MLP 3x100 in a class, DataLoader, torch.nn", lambda: _InAClass(_mlp(100)), (60, 784), 320),
     ):
         if options.only not in name:
             continue
-        taken = _measured(make(), [torch.randn(shape) for _ in range(number)], options.rounds, passes=options.passes)
+        batches: Iterable[Any] = [torch.randn(shape) for _ in range(number)]
+        if "DataLoader" in name:
+            batches = DataLoader(TensorDataset(torch.cat(list(batches))), batch_size=shape[0])
+        taken = _measured(make(), batches, options.rounds, passes=options.passes)
         rows += [{**head, "network": name, "batches": f"{number} x {shape}", **row} for row in _summaries(taken)]
     print("| network | batches | what | ms | ratio |\n| --- | --- | --- | --- | --- |")
     for row in rows:
@@ -67,6 +74,19 @@ def _mlp(width: int) -> nn.Module:
     return nn.Sequential(*(layer for block in hidden for layer in block), nn.Linear(width, 10))
 
 
+class _InAClass(nn.Module):
+    """Calls the modules of a chain one after the other, as a forward of one's own does."""
+
+    def __init__(self, chain: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(chain.children())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
 def _vgg() -> nn.Module:
     layers: list[nn.Module] = []
     for a, b in ((3, 16), (16, 16), (16, 32), (32, 32), (32, 64), (64, 64)):
@@ -75,14 +95,14 @@ def _vgg() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4 * 4, 10))
 
 
-def _measured(model: nn.Module, batches: list[torch.Tensor], rounds: int, *, passes: bool) -> dict[str, list[float]]:
+def _measured(model: nn.Module, batches: Iterable[Any], rounds: int, *, passes: bool) -> dict[str, list[float]]:
     """Seconds of each contender in each round."""
 
     def forward(mode: bool) -> None:
         model.train(mode)
         with torch.no_grad():
             for batch in batches:
-                model(batch)
+                model(batch if isinstance(batch, torch.Tensor) else batch[0])
 
     contenders: dict[str, Callable[[], object]] = {
         PLAIN: lambda: forward(False),

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import batchnorm
 from batchnorm import DecorrelatedBatchNorm, recalibrate
 from batchnorm.recalibration import lockstep
+from batchnorm.recalibration.chain import Steps
 from batchnorm.recalibration.memory import _of_container, _of_system, free_bytes
 from batchnorm.stats.moments import Moments
 
@@ -241,6 +242,81 @@ def test_an_error_while_others_wait_ends_them(stop):
     handle.remove()
     assert not any(module._forward_pre_hooks for module in model.modules())
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+class _Scaled(nn.Module):
+    def forward(self, x):
+        return x * 1.5 + 0.25
+
+
+def _chain(norm=nn.BatchNorm1d):
+    torch.manual_seed(2)
+    shared = nn.Linear(4, 4)
+    inner = nn.Sequential(norm(4), nn.Sequential(_Scaled(), shared, norm(4)), nn.ReLU(inplace=True))
+    return nn.Sequential(shared, inner, nn.Dropout(), shared, norm(4), nn.Linear(4, 2)).double()
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, batchnorm.BatchNorm1d, DecorrelatedBatchNorm])
+@pytest.mark.parametrize("estimator", ["population", "moving_average"])
+def test_a_chain_waits_between_its_modules_and_gives_the_same(norm, estimator, monkeypatch):
+    taken = []
+    monkeypatch.setattr(lockstep, "Steps", lambda *parts: taken.append(1) or Steps(*parts))
+    models = [_chain(norm) for _ in range(3)]
+    batches = _batches((9, 2, 7, 16))
+    forwards = {"forward": lambda model, batch: model(batch)}  # one that recalibrate does not know: it waits inside
+    reports = [
+        recalibrate(model, batches, estimator=estimator, **arguments)
+        for model, arguments in zip(models, ({}, forwards, {"memory": 0}), strict=True)
+    ]
+    assert len(taken) == len(batches)
+    assert [report.passes for report in reports] == [1, 1, 3]
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(models[0].state_dict(), models[2].state_dict(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("place", ["1", "1.0"])
+def test_what_the_hooks_of_a_chain_change_is_what_the_layer_gets(place):
+    models = [_chain(), _chain()]
+    for model in models:
+        model.get_submodule(place).register_forward_pre_hook(lambda module, args: (args[0] + 3,))
+    reports = [recalibrate(model, _batches(), memory=memory) for model, memory in zip(models, (None, 0), strict=True)]
+    assert [report.passes for report in reports] == [1, 3]
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=1e-12, atol=1e-12)
+    plain = _chain()
+    recalibrate(plain, _batches())
+    assert (models[0][1][0].running_mean - plain[1][0].running_mean - 3).abs().max() < 1e-12
+
+
+def test_a_chain_that_uses_a_layer_twice_gets_a_pass_for_each_call():
+    layer = nn.BatchNorm1d(4).double()
+    report = recalibrate(nn.Sequential(layer, nn.Linear(4, 4).double(), layer), _batches())
+    assert "or through one of them twice" in report.why_passes
+
+
+def test_an_error_within_a_chain_changes_nothing():
+    model = _chain()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        recalibrate(model, [*_batches(), torch.randn(3, 5, dtype=F64)])
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reading", ["sequential", "batch"])
+def test_a_layers_own_forward_is_called_and_put_back(reading):
+    model, calls = _made(_Residual), []
+    layer = model.norms[1]
+
+    def own(x):
+        calls.append(len(x))
+        return type(layer).forward(layer, x)
+
+    layer.forward = own
+    model.first.forward = lambda x: nn.Linear.forward(model.first, model.norms[0].forward(x))  # no __call__
+    report = recalibrate(model, _batches((9, 2)), reading=reading)
+    assert calls == [9, 2] * (len(calls) // 2)
+    assert layer.forward is own
+    assert "forward" not in vars(model.norms[2])
+    assert next(change for change in report.layers if change.name == "norms.0").batches == 4
 
 
 def test_free_memory(tmp_path):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
-from functools import partial
+from contextlib import suppress
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from batchnorm.layers.inventory import BatchNormalization
 from batchnorm.layers.observe import input_moments
 from batchnorm.recalibration.buffers import write
+from batchnorm.recalibration.interception import intercepted
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.running import Running
 
@@ -54,7 +54,7 @@ class _Enough(BaseException):
 
 
 class Collector:
-    """Hooks on the layers for the length of one pass.
+    """Stands before the layers for the length of one pass.
 
     The layers are in evaluation mode throughout. Before each call its statistics are written into the buffers: those
     that are settled, or the ones of the very batch. So a layer of any kind normalises as asked, and nothing of what it
@@ -91,12 +91,9 @@ class Collector:
     def run(
         self, model: torch.nn.Module, batches: Iterable[Any], forward: Forward, *, on_batch: Callable[[], None]
     ) -> Collected:
-        """Sends each of `batches` through the model; the hooks are gone afterwards, also after an error."""
-        with ExitStack() as hooks:
-            for name, layer in self._layers.items():
-                handle = layer.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
-                hooks.callback(handle.remove)
-            number = 0
+        """Sends each of `batches` through the model."""
+        number = 0
+        with intercepted(self._layers, self._before):
             for number, batch in enumerate(batches, start=1):
                 self._batch = number
                 self._counts.clear()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
+from torch import _C
 
 
 class Held:
@@ -74,17 +75,24 @@ class _Modes(NamedTuple):
 
     @staticmethod
     def now() -> _Modes:
-        accelerator = torch.accelerator.current_accelerator()
-        kinds = ("cpu",) if accelerator is None else ("cpu", accelerator.type)
-        autocast = tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds)
-        keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-        stacks = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
+        """Asked at each stop, and so in as few calls of torch as there can be."""
+        kinds = _kinds()
+        autocast = tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
+        keys = _C._dispatch_tls_local_include_set().raw_repr(), _C._dispatch_tls_local_exclude_set().raw_repr()
+        stacks = _C._len_torch_function_stack(), _C._len_torch_dispatch_stack()
         stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        return _Modes(torch.is_grad_enabled(), autocast, (*(key.raw_repr() for key in keys), *stacks, stream))
+        return _Modes(torch.is_grad_enabled(), autocast, (keys, stacks, stream))
 
     def set(self) -> None:
         """Switches to these; the others are left as they are."""
-        torch._C._set_grad_enabled(self.records_gradients)
+        _C._set_grad_enabled(self.records_gradients)
         for kind, is_enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, is_enabled)
             torch.set_autocast_dtype(kind, dtype)
+
+
+@cache
+def _kinds() -> tuple[str, ...]:
+    """The devices that have an autocast."""
+    accelerator = torch.accelerator.current_accelerator()
+    return ("cpu",) if accelerator is None else ("cpu", accelerator.type)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -14,9 +13,12 @@ import torch
 from batchnorm.layers.decorrelated import DecorrelatedBatchNorm
 from batchnorm.layers.inventory import BatchNormalization
 from batchnorm.layers.observe import input_moments, input_of
+from batchnorm.recalibration.chain import Steps, stretches_of
 from batchnorm.recalibration.collection import Call, Collected, Forward, Seen, merged
 from batchnorm.recalibration.held import Held
+from batchnorm.recalibration.interception import intercepted
 from batchnorm.recalibration.memory import free_bytes
+from batchnorm.recalibration.source import device_of, first_input, on_first_input
 from batchnorm.recalibration.statefulness import Watch
 from batchnorm.stats.moments import Moments
 
@@ -29,6 +31,8 @@ _SHARE = 0.5
 """Of the free memory that may be used where no limit is given."""
 _SMALL = 64 << 10
 """Bytes of a layer's input: small ones are gone through together, as a call for each would cost more than the sums."""
+_TOGETHER = 512 << 10
+"""Bytes of a group of such inputs: they stay in the caches."""
 _LITTLE = 64 << 20
 """Bytes that are always there: looking how much memory is free takes a millisecond."""
 
@@ -64,15 +68,17 @@ class Lockstep:
         self._model, self._layers, self._forward = model, layers, forward
         self._limit = limit
         self._merges = merges
+        self._plain = frozenset(name for name, layer in layers.items() if merges and _is_plain(layer))
         self._waiting: list[_Waiting] = []
         self._running: _Waiting | None = None
         self._watch = Watch(model)
-        self._hooks = ExitStack()
+        self._chain = stretches_of(model, layers) if forward is on_first_input else None
+        self._device = device_of(model)
+        self._interception = ExitStack()
 
     def __enter__(self) -> Lockstep:
-        for name, layer in self._layers.items():
-            handle = layer.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
-            self._hooks.callback(handle.remove)
+        if self._chain is None:
+            self._interception.enter_context(intercepted(self._layers, self._before))
         return self
 
     def __exit__(
@@ -82,7 +88,7 @@ class Lockstep:
             for one in self._waiting:
                 one.held.drop()
         finally:
-            self._hooks.close()
+            self._interception.close()
 
     def frontier(self, batches: Iterable[Any] | None, *, on_batch: Callable[[], None]) -> Collected:
         """Runs all forwards to their next layer: what enters it, or END or DECLINED as the only call.
@@ -117,7 +123,10 @@ class Lockstep:
         """What enters the layer in front of which all of them wait."""
         inputs = [one.small for one in self._waiting if one.small is not None]
         if len(inputs) == len(self._waiting) and len({(x.shape[1:], x.dtype) for x in inputs}) == 1:
-            return [Seen(self.batches, 0, 0, input_moments(layer, (torch.cat(inputs),), {}), merged=len(inputs))]
+            number = max(1, _TOGETHER * len(inputs) // max(sum(x.nbytes for x in inputs), 1))
+            groups = [inputs[i : i + number] for i in range(0, len(inputs), number)]
+            parts = [input_moments(layer, (torch.cat(group),), {}) for group in groups]
+            return [Seen(self.batches, 0, 0, parts[0].merge(*parts[1:]), merged=len(inputs))]
         waiting = sorted(self._waiting, key=lambda one: one.number)
         seen = [
             Seen(one.number, 0, 0, one.moments if one.small is None else input_moments(layer, (one.small,), {}))
@@ -135,12 +144,17 @@ class Lockstep:
     def _begin(self, batches: Iterable[Any], on_batch: Callable[[], None]) -> None:
         for number, batch in enumerate(batches, start=1):
             self.batches = number
-            waiting = _Waiting(number, partial(self._forward, self._model, batch))
+            waiting = _Waiting(number, self._held(batch))
             self._waiting.append(waiting)
             self._resume(waiting)
             on_batch()
             if self.why is not None:
                 return
+
+    def _held(self, batch: Any) -> Held | Steps:
+        if self._chain is None:
+            return Held(partial(self._forward, self._model, batch))
+        return Steps(self._chain, first_input(batch, self._device), self._before)
 
     def _resume(self, waiting: _Waiting) -> None:
         self._running = waiting
@@ -174,35 +188,33 @@ class Lockstep:
         if self.why is not None:
             return
         x = input_of(args, kwargs)
-        number = waiting.counts[name]
-        waiting.counts[name] += 1
+        number = waiting.counts.get(name, 0)
+        waiting.counts[name] = number + 1
         waiting.call = name, number
-        if self._merges and x.nbytes <= _SMALL and x.ndim > 1 and _is_plain(layer, kwargs):
+        nbytes = x.nbytes
+        if nbytes <= _SMALL and name in self._plain and x.ndim > 1 and kwargs.get("mask") is None:
             waiting.small = x
         else:
             waiting.moments = input_moments(layer, args, kwargs)
-        self._kept += _LIVE * max(x.nbytes - waiting.most_bytes, 0)
-        waiting.most_bytes = max(waiting.most_bytes, x.nbytes)
+        if nbytes > waiting.most_bytes:
+            self._kept += _LIVE * (nbytes - waiting.most_bytes)
+            waiting.most_bytes = nbytes
         waiting.device = x.device
         waiting.held.stop()
 
 
-def _is_plain(layer: BatchNormalization, kwargs: Mapping[str, Any]) -> bool:
-    """Whether this call has its batches on the first axis, the channels on the second, and all values count."""
-    return (
-        not isinstance(layer, DecorrelatedBatchNorm)
-        and getattr(layer, "channel_axis", 1) == 1
-        and kwargs.get("mask") is None
-    )
+def _is_plain(layer: BatchNormalization) -> bool:
+    """Whether the layer has its batches on the first axis and the channels on the second."""
+    return not isinstance(layer, DecorrelatedBatchNorm) and getattr(layer, "channel_axis", 1) == 1
 
 
 class _Waiting:
     """A forward, and where it stands."""
 
-    def __init__(self, number: int, forward: Callable[[], object]) -> None:
-        self.held = Held(forward)
+    def __init__(self, number: int, held: Held | Steps) -> None:
+        self.held = held
         self.number = number
-        self.counts: Counter[str] = Counter()
+        self.counts: dict[str, int] = {}
         self.call: Call = END
         self.moments: Moments
         self.small: torch.Tensor | None = None  # what enters the layer, where its Moments are not taken at once

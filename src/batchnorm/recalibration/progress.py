@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 
 class Bar:
     """On stderr, gone at the end; nothing where the output is no terminal."""
@@ -9,9 +14,13 @@ class Bar:
     def __init__(self) -> None:
         # Here and not above: `from batchnorm import *` need not load it.
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
         console = Console(stderr=True)
+        self._bar: Progress | None = None
+        if not console.is_terminal:
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
         self._bar = Progress(
             TextColumn("recalibrating {task.description}"),
             BarColumn(),
@@ -20,26 +29,29 @@ class Bar:
             TimeElapsedColumn(),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("all layers", total=None)
 
     def __enter__(self) -> Bar:
-        self._bar.start()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
 
     def layer(self, name: str, number: int, of: int) -> None:
         """Names the layer that the next pass is for."""
-        self._bar.update(self._task, description=f"{name} ({number} of {of})")
+        if self._bar is not None:
+            self._bar.update(self._task, description=f"{name} ({number} of {of})")
 
     def begin(self, batches: int | None) -> None:
         """A pass over so many batches, None: nobody knows how many."""
-        self._bar.reset(self._task, total=batches)
+        if self._bar is not None:
+            self._bar.reset(self._task, total=batches)
 
     def advance(self) -> None:
         """One batch more."""
-        if not self._bar.disable:  # it would take a lock for nothing
+        if self._bar is not None:
             self._bar.advance(self._task)

@@ -40,7 +40,12 @@ class Source:
 
 
 def on_first_input(model: torch.nn.Module, batch: Any) -> object:
-    """model(input): the batch itself, or what it begins with."""
+    """model(input), on the model's device."""
+    return model(first_input(batch, device_of(model)))
+
+
+def first_input(batch: Any, device: torch.device | None) -> torch.Tensor:
+    """The batch itself, or what it begins with, on `device` if that is given."""
     value = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if not isinstance(value, torch.Tensor):
         came = f"a {type(batch).__name__}" if value is batch else f"a {type(batch).__name__} of {type(value).__name__}"
@@ -48,5 +53,10 @@ def on_first_input(model: torch.nn.Module, batch: Any) -> object:
             f"a batch must be a tensor, or a tuple or list that begins with one; got {came}. For other batches pass "
             "forward, e.g. forward=lambda model, batch: model(**batch)."
         )
+    return value if device is None else value.to(device)
+
+
+def device_of(model: torch.nn.Module) -> torch.device | None:
+    """Where the model's parameters are; None where it has none, and no buffers."""
     home = next(itertools.chain(model.parameters(), model.buffers()), None)
-    return model(value if home is None else value.to(home.device))
+    return None if home is None else home.device

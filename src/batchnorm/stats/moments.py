@@ -106,6 +106,8 @@ class Moments:
                     f"Moments of shape {tuple(self.mean.shape)} and {tuple(part.mean.shape)} cannot be merged: "
                     "merge statistics of the same channels."
                 )
+        if len(parts) == 1 and isinstance(self.count, int) and self.count:
+            return Moments(_wide(self.mean), _wide(self.var), self.count)
         counts = _counts([part.count for part in parts], self.mean)
         mean, var = _merged(_stacked([m.mean for m in parts]), _stacked([m.var for m in parts]), counts)
         return Moments(mean, var, sum(part.count for part in parts))
