@@ -19,7 +19,7 @@ study: $(VENV)/.package
 	$(BIN)/batchnorm study --out study
 
 test: $(VENV)/.package $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses auto
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.package $(VENV)/.lint
 	$(BIN)/ruff check .

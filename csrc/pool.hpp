@@ -1,9 +1,8 @@
-// Large output buffers, kept for the next call instead of given back to the system.
+// Memory that is kept for the next call instead of given back to the system: large output buffers, and the heap's end.
 //
-// The C library maps every block above 32 MB afresh, and the kernel then clears it page by page at the first touch:
-// more work than the normalisation itself. Smaller ones it cuts from its heap, whose end it gives back and asks for again
-// in turn. Buffers here are aligned to 2 MB and may lie on huge pages. Once they were idle for a while, the system may take
-// their pages whenever it runs short of memory.
+// What the C library maps afresh the kernel clears page by page at the first touch: more work than the normalisation
+// itself. Buffers here are aligned to 2 MB and may lie on huge pages. Once they were idle for a while, the system may
+// take their pages whenever it runs short of memory.
 #pragma once
 
 #include <cstddef>

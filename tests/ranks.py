@@ -12,6 +12,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+START = "forkserver"
+"""From a process that has loaded torch already: for each to load it anew takes seconds."""
+mp.get_context(START).set_forkserver_preload(["torch", "torch.distributed"])
+
 
 def run(function, world: int, folder: Path, *args: Any, timeout: float = 60.0) -> list[Any]:
     """`function(rank, *args)` on `world` ranks; what each returned, or the error it raised.
@@ -19,7 +23,7 @@ def run(function, world: int, folder: Path, *args: Any, timeout: float = 60.0) -
     A rank that is killed gives None. `timeout`: seconds that a collective operation waits for the others, once all have
     come.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context(START)
     ranks = [context.Process(target=_main, args=(function, r, world, folder, timeout, args)) for r in range(world)]
     for rank in ranks:
         rank.start()

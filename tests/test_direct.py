@@ -177,6 +177,7 @@ def _in_a_child(layer, x, pipe):
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, where another test has loaded it
 def test_a_forked_worker_normalises():
     layer, x = BatchNorm2d(8), torch.randn(16, 8, 32, 32)
     expected = copy.deepcopy(layer)(x)

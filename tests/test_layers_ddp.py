@@ -6,6 +6,7 @@ import datetime
 import warnings
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -53,7 +54,7 @@ def _worker(rank, folder):
 
 
 def test_two_processes_train_as_with_torchs_layers(tmp_path):
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2, join=True)
+    mp.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method=ranks.START)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     for states in (first, second):
         assert list(states["ours"]) == list(states["torch"])

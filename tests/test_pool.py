@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import platform
 import subprocess
 import sys
 import threading
@@ -177,6 +178,7 @@ def _check_in_child(received, answer):
     answer.put(float((y - _expected(_input())).abs().max()))
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")  # JAX's, where another test has loaded it
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_through_a_queue(method):
     if method not in multiprocessing.get_all_start_methods():
@@ -208,6 +210,7 @@ def test_an_outer_out_argument_takes_a_buffer_of_the_right_size():
     assert torch.equal(y, x + 1)
 
 
+@pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_forking_while_other_threads_use_the_pool():
     """No child inherits a locked pool, and no child's work reaches its parent's tensors."""
@@ -322,9 +325,19 @@ def test_a_capsule_that_nobody_took_gives_its_buffer_back():
 
 
 @pytest.mark.parametrize(("setting", "expected"), [(None, None), ("0", 0), ("100", 100 * MB)])
-def test_the_environment_sets_the_limit(setting, expected):
-    env = {name: value for name, value in os.environ.items() if name != "BATCHNORM_POOL_MB"}
-    code = "from batchnorm.kernels import _cpu, cpu; print(_cpu.pool_state()[0], _cpu.usual_pool_limit())"
+def test_the_environment_sets_the_limit_and_whether_the_heap_keeps_what_torch_frees(setting, expected):
+    code = """
+import ctypes
+from batchnorm.kernels import _cpu, cpu
+
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+block = library.malloc(ctypes.c_size_t(24 << 20))
+is_mapped = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2  # glibc's IS_MMAPPED
+print(_cpu.pool_state()[0], _cpu.usual_pool_limit(), int(is_mapped == 0))
+"""
+    unset = ("BATCHNORM_POOL_MB", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
     found = subprocess.run(
         [sys.executable, "-c", code],
         env=env if setting is None else {**env, "BATCHNORM_POOL_MB": setting},
@@ -332,6 +345,8 @@ def test_the_environment_sets_the_limit(setting, expected):
         capture_output=True,
         text=True,
     )
-    limit, usual = map(int, found.stdout.split())
+    limit, usual, is_of_heap = map(int, found.stdout.split())
     assert 0 < usual <= 512 * MB
     assert limit == (usual if expected is None else expected)
+    if platform.libc_ver()[0] == "glibc":  # others do not learn
+        assert is_of_heap == (limit > 0)

@@ -81,19 +81,19 @@ def _error(rank, failing):
 
 def test_two_processes(tmp_path):
     """One test, as starting processes takes seconds."""
-    mp.spawn(_worker, (str(tmp_path),), nprocs=2, join=True)
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    mp.start_processes(_worker, (str(tmp_path),), nprocs=2, start_method=ranks.START)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
     for name in ("unequal", "empty"):
         for estimator in ESTIMATORS:
-            _ranks_do_not_diverge_and_give_what_one_process_gives(ranks, name, estimator)
-    _distributed_data_parallel_does_too(ranks)
-    _a_rank_can_work_alone(ranks)
+            _ranks_do_not_diverge_and_give_what_one_process_gives(found, name, estimator)
+    _distributed_data_parallel_does_too(found)
+    _a_rank_can_work_alone(found)
     for failing in (0, 1):
-        _a_rank_that_fails_ends_the_others_with_its_name(ranks, failing)
+        _a_rank_that_fails_ends_the_others_with_its_name(found, failing)
 
 
-def _ranks_do_not_diverge_and_give_what_one_process_gives(ranks, name, estimator):
-    first, second = (one[name, estimator] for one in ranks)
+def _ranks_do_not_diverge_and_give_what_one_process_gives(found, name, estimator):
+    first, second = (one[name, estimator] for one in found)
     torch.testing.assert_close(first[0], second[0], rtol=0, atol=0)
     assert first[1:] == second[1:] == (8, 2)
     if name == "unequal":  # batches are taken in turn: the moving average depends on it
@@ -106,25 +106,25 @@ def _ranks_do_not_diverge_and_give_what_one_process_gives(ranks, name, estimator
     torch.testing.assert_close(first[0], model.state_dict(), rtol=1e-10, atol=1e-10)
 
 
-def _distributed_data_parallel_does_too(ranks):
+def _distributed_data_parallel_does_too(found):
     model = _model()
     recalibrate(model, _batches())
-    for state, broadcasts in (one["ddp"] for one in ranks):
+    for state, broadcasts in (one["ddp"] for one in found):
         torch.testing.assert_close(state, model.state_dict(), rtol=1e-10, atol=1e-10)
         assert broadcasts
 
 
-def _a_rank_can_work_alone(ranks):
+def _a_rank_can_work_alone(found):
     for rank in (0, 1):
         model = _model()
         recalibrate(model, _batches()[rank : rank + 1])
-        torch.testing.assert_close(ranks[rank]["local"], model.state_dict(), rtol=0, atol=0)
+        torch.testing.assert_close(found[rank]["local"], model.state_dict(), rtol=0, atol=0)
 
 
-def _a_rank_that_fails_ends_the_others_with_its_name(ranks, failing):
-    name, message, state = ranks[failing]["errors"][failing]
+def _a_rank_that_fails_ends_the_others_with_its_name(found, failing):
+    name, message, state = found[failing]["errors"][failing]
     assert (name, message) == ("OSError", "the disk is gone")
-    name, message, other = ranks[1 - failing]["errors"][failing]
+    name, message, other = found[1 - failing]["errors"][failing]
     assert name == "BatchNormError"
     assert f"rank {failing} of 2 failed, nothing was changed here: OSError: the disk is gone" in message
     for one in (state, other):
