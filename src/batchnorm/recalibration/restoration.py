@@ -17,8 +17,8 @@ def lent_in_evaluation(model: torch.nn.Module) -> Iterator[None]:
     """Every module in evaluation mode inside; modes and all buffers are put back at the end, on an error too.
 
     Modes are set directly and not through train(), which models override, as a frozen backbone does. Compiled models
-    run uncompiled, since layers are listened to for a while; DistributedDataParallel does not broadcast buffers, since ranks may have
-    different numbers of batches.
+    run uncompiled, since layers are listened to for a while; DistributedDataParallel does not broadcast buffers, since
+    ranks may have different numbers of batches.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
