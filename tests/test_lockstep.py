@@ -244,15 +244,17 @@ def test_an_error_while_others_wait_ends_them(stop):
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-class _Scaled(nn.Module):
+class _Scaled(nn.Hardtanh):
+    """A class that nobody knows."""
+
     def forward(self, x):
         return x * 1.5 + 0.25
 
 
-def _chain(norm=nn.BatchNorm1d):
+def _chain(norm=nn.BatchNorm1d, kind=nn.Hardtanh):
     torch.manual_seed(2)
     shared = nn.Linear(4, 4)
-    inner = nn.Sequential(norm(4), nn.Sequential(_Scaled(), shared, norm(4)), nn.ReLU(inplace=True))
+    inner = nn.Sequential(norm(4), nn.Sequential(kind(), shared, norm(4)), nn.ReLU(inplace=True))
     return nn.Sequential(shared, inner, nn.Dropout(), shared, norm(4), nn.Linear(4, 2)).double()
 
 
@@ -272,6 +274,14 @@ def test_a_chain_waits_between_its_modules_and_gives_the_same(norm, estimator, m
     assert [report.passes for report in reports] == [1, 1, 3]
     torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(models[0].state_dict(), models[2].state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_chain_with_classes_that_nobody_knows_waits_inside(monkeypatch):
+    monkeypatch.setattr(lockstep, "Steps", None)
+    models = [_chain(kind=_Scaled), _chain(kind=_Scaled)]
+    reports = [recalibrate(model, _batches(), memory=memory) for model, memory in zip(models, (None, 0), strict=True)]
+    assert [report.passes for report in reports] == [1, 3]
+    torch.testing.assert_close(models[0].state_dict(), models[1].state_dict(), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("place", ["1", "1.0"])

@@ -10,6 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from batchnorm.layers.inventory import BatchNormalization
 from batchnorm.recalibration.interception import Before
+from batchnorm.recalibration.statefulness import is_known
 
 
 class Stretch(NamedTuple):
@@ -21,14 +22,17 @@ class Stretch(NamedTuple):
 
 
 def stretches_of(model: torch.nn.Module, layers: Mapping[str, BatchNormalization]) -> list[Stretch] | None:
-    """The stretches of a torch.nn.Sequential, those within it resolved; None where `layers` are in other modules.
+    """The stretches of a torch.nn.Sequential, those within it resolved; None where the model is more than a chain.
+
+    That is so where `layers` are in other modules, and where code of somebody else's runs: who knows what it keeps or
+    switches on between two modules.
 
     Args:
         model: any module.
         layers: name -> layer.
     """
-    if _has_any_global_hook() or any(layer._forward_pre_hooks for layer in layers.values()):  # type: ignore[no-untyped-call]
-        return None  # a hook may give the layer another input
+    if _has_any_global_hook() or not all(map(_runs_by_itself, model.modules())):  # type: ignore[no-untyped-call]
+        return None
     names = {layer: name for name, layer in layers.items()}
     found = [Stretch("", [])]
     waiting = [model]
@@ -38,8 +42,8 @@ def stretches_of(model: torch.nn.Module, layers: Mapping[str, BatchNormalization
             found.append(Stretch(names[module], [module]))
         elif not any(inner in names for inner in module.modules()):
             found[-1].modules.append(module)
-        elif _is_plain(module):
-            waiting += reversed(cast(torch.nn.Sequential, module))
+        elif type(module) is torch.nn.Sequential:
+            waiting += reversed(module)
         else:
             return None
     return found
@@ -85,10 +89,8 @@ class Steps:
         self._x = None
 
 
-def _is_plain(module: torch.nn.Module) -> bool:
-    """Whether calling the module is to call its children in turn, and nobody listens."""
+def _runs_by_itself(module: torch.nn.Module) -> bool:
+    """Whether a call of the module is what its class, one of torch's or ours, does."""
     return (
-        type(module) is torch.nn.Sequential
-        and "forward" not in vars(module)
-        and not (module._forward_hooks or module._forward_pre_hooks)
+        is_known(module) and "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)
     )

@@ -17,9 +17,8 @@ class Watch:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        known = "torch.", "batchnorm."
         self._all = list(model.modules())
-        self._modules = [one for one in self._all if not type(one).__module__.startswith(known)]
+        self._modules = [one for one in self._all if not is_known(one)]
         self._before: list[Any] = []
 
     def begin(self) -> None:
@@ -48,6 +47,11 @@ class Watch:
                         yield from _itself(inner)
                 elif isinstance(value, torch.Tensor):
                     yield version_of(value)
+
+
+def is_known(module: torch.nn.Module) -> bool:
+    """Whether the module's class is torch's or this library's."""
+    return type(module).__module__.startswith(("torch.", "batchnorm."))
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
