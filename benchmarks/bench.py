@@ -1,4 +1,4 @@
-"""Measures batch normalization against its peers: layers over shape classes, and training steps of whole networks.
+"""Measures batch normalization against its peers: layers over shape classes, whole networks in training and evaluation.
 
 Everything in one run is interleaved, sample by sample; see README.md. Writes a CSV and a plot, and says which targets
 were met.
@@ -160,7 +160,7 @@ def _measure_layers(
 def _measure_networks(
     workers: list[Worker], options: argparse.Namespace, head: dict[str, Any], rows: list[results.Row]
 ) -> None:
-    from networks import NETWORKS
+    from networks import NETWORKS, OPERATIONS
 
     everywhere = {worker.memory: ["ours"] for worker in workers}
     everywhere[AS_IT_COMES].append("ours, fused")
@@ -181,7 +181,7 @@ def _measure_networks(
                 at_least=5,
             )
             where = {"group": "networks", "shape": f"{name} {shape}", "dtype": "float32", "layout": layout}
-            new = [_row({**head, **where, "operation": "training step"}, each, None) for each in found]
+            new = [_row({**head, **where, "operation": OPERATIONS[each.phase]}, each, None) for each in found]
             rows += new
             _print_rows(new)
 

@@ -1,4 +1,4 @@
-"""Whole training steps of ResNet-20 at CIFAR size and ResNet-50 at 224: torch.nn's layers against ours."""
+"""Training steps and evaluation of ResNet-20 at CIFAR size and ResNet-50 at 224: torch.nn's layers against ours."""
 
 from __future__ import annotations
 
@@ -92,6 +92,8 @@ def _stem(norm: nn.Module, block: type[Block]) -> list[nn.Module]:
 
 NETWORKS = {"ResNet-20": (resnet20, (128, 3, 32, 32)), "ResNet-50": (resnet50, (8, 3, 224, 224))}
 """How to build one, and the shape of a batch."""
+OPERATIONS = {"step": "training step", "inference": "evaluation"}
+"""What is done in each phase, as the rows call it."""
 
 _PEERS: dict[str, tuple[Norm, type[Block]]] = {
     "eager": (nn.BatchNorm2d, Block),
@@ -104,7 +106,7 @@ and what torch's own channels-last statistics lose to some 1e-5; deep in ResNet-
 
 
 def samplers(name: str, layout: str, names: list[str]) -> dict[str, Sample]:
-    """Training steps of the network with the layers of each of `names`, from the same weights, on the same batch.
+    """The network with the layers of each of `names`, from the same weights, on the same batch.
 
     Raises:
         AssertionError: networks with the same weights disagree about the same batch.
@@ -127,10 +129,10 @@ def samplers(name: str, layout: str, names: list[str]) -> dict[str, Sample]:
             expected = output
         difference = float((output - expected).abs().max() / expected.abs().max())
         assert difference <= _TOLERANCE, f"{name}, {layout}: {peer} and {names[0]} differ by {difference:.1e}"
-    return {peer: _steps(network, x, labels) for peer, network in built.items()}
+    return {peer: _phases(network, x, labels) for peer, network in built.items()}
 
 
-def _steps(network: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Sample:
+def _phases(network: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Sample:
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
 
     def step() -> None:
@@ -138,4 +140,15 @@ def _steps(network: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> Sample:
         F.cross_entropy(network(x), labels).backward()
         optimizer.step()
 
-    return lambda calls: {"step": per_call(step, calls)}
+    @torch.inference_mode()
+    def evaluate() -> None:
+        network(x)
+
+    def sample(calls: int) -> dict[str, float]:
+        seconds = {"step": per_call(step, calls)}
+        network.eval()
+        seconds["inference"] = per_call(evaluate, calls)
+        network.train()
+        return seconds
+
+    return sample

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from plot import SERIES
 from results import Row
+from workers import AS_IT_COMES
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
@@ -21,7 +22,7 @@ _PHASES = (
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Machine and versions, a table of times a copy for each phase and dtype, and the networks' training steps."""
+    """Machine and versions, a table of times a copy for each phase and dtype, and the networks' times."""
     head = rows[0]
     parts = [
         f"{head['date']} UTC, commit {head['commit']}, {head['machine']}, {head['cores']} cores, {head['threads']} "
@@ -36,7 +37,7 @@ def markdown(rows: Sequence[Row]) -> str:
     networks = [row for row in rows if row["group"] == "networks"]
     if networks:
         parts.append(
-            f"### Training steps\n\nMilliseconds, and times as fast as eager beside it.\n\n{_networks(networks)}"
+            f"### Networks\n\nMilliseconds, and times as fast as eager beside it.\n\n{_networks(networks)}"
         )
     return "\n\n".join(parts)
 
@@ -79,17 +80,19 @@ def _cases(rows: list[Row]) -> str:
 
 
 def _networks(rows: list[Row]) -> str:
-    lines = ["| network | layout | layers | memory | ms a step | 20 to 80 % | times as fast |"]
-    lines.append("| --- | --- | --- | --- | ---: | ---: | ---: |")
-    eager = {(row["shape"], row["layout"], row["memory"]): row for row in rows if row["peer"] == "eager"}
+    lines = ["| network | layout | operation | layers | memory | ms | 20 to 80 % | times as fast |"]
+    lines.append("| --- | --- | --- | --- | --- | ---: | ---: | ---: |")
+    eager = {(*_case(row), row["memory"]): row for row in rows if row["peer"] == "eager"}
     for row in rows:
-        beside = eager.get((row["shape"], row["layout"], row["memory"])) or eager.get(
-            (row["shape"], row["layout"], "as it comes")
-        )
+        beside = eager.get((*_case(row), row["memory"])) or eager.get((*_case(row), AS_IT_COMES))
         ratio = f"{float(beside['median_us']) / float(row['median_us']):.2f}" if beside else ""
         median, low, high = (float(row[name]) / 1e3 for name in ("median_us", "p20_us", "p80_us"))
         lines.append(
-            f"| {row['shape']} | {row['layout']} | {row['peer']} | {row['memory']} | {median:.1f} | "
+            f"| {' | '.join(_case(row))} | {row['peer']} | {row['memory']} | {median:.1f} | "
             f"{low:.1f} to {high:.1f} | {ratio} |"
         )
     return "\n".join(lines)
+
+
+def _case(row: Row) -> tuple[str, ...]:
+    return row["shape"], row["layout"], row["operation"]

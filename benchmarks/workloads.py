@@ -21,7 +21,7 @@ PHASES = {
     "forward": "training forward: statistics, output in new memory, running statistics updated",
     "backward": "gradients of input, weight, bias and residual, in new memory",
     "forward+backward": "the two after each other",
-    "inference": "evaluation mode, output in new memory",
+    "inference": "evaluation mode under inference_mode, output in new memory",
     "step": "zero_grad, forward, loss, backward, SGD with momentum",
 }
 """What the time of each phase covers; a copy goes into memory that is there already."""

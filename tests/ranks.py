@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-START = "forkserver"
-"""From a process that has loaded torch already: for each to load it anew takes seconds."""
+START = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+"""From a process that has loaded torch already, where there can be one: for each to load it anew takes seconds."""
 mp.get_context(START).set_forkserver_preload(["torch", "torch.distributed"])
 
 

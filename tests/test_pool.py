@@ -324,6 +324,36 @@ def test_a_capsule_that_nobody_took_gives_its_buffer_back():
     assert _cpu.pool_state()[1:] == [16 * MB, 0]
 
 
+_MEMORY_SETTINGS = ("BATCHNORM_POOL_MB", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
+
+
+def _without_memory_settings():
+    return {name: value for name, value in os.environ.items() if name not in _MEMORY_SETTINGS}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library learns from what it frees")
+def test_a_network_in_evaluation_does_not_map_its_activations_afresh_at_each_layer():
+    """With our outputs out of the heap glibc gave its end back and mapped it again in each convolution."""
+    code = """
+import resource, torch
+from batchnorm import BatchNorm2d
+
+torch.set_num_threads(1)
+parts = [part for _ in range(4) for part in (torch.nn.Conv2d(16, 16, 3, padding=1, bias=False), BatchNorm2d(16))]
+network, x = torch.nn.Sequential(*parts).eval(), torch.randn(128, 16, 32, 32)
+with torch.no_grad():
+    for _ in range(2):
+        network(x)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    network(x)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    env = _without_memory_settings()
+    found = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    pages_of_one_activation = 128 * 16 * 32 * 32 * 4 // 4096
+    assert int(found.stdout) < pages_of_one_activation / 2
+
+
 @pytest.mark.parametrize(("setting", "expected"), [(None, None), ("0", 0), ("100", 100 * MB)])
 def test_the_environment_sets_the_limit_and_whether_the_heap_keeps_what_torch_frees(setting, expected):
     code = """
@@ -336,8 +366,7 @@ block = library.malloc(ctypes.c_size_t(24 << 20))
 is_mapped = ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2  # glibc's IS_MMAPPED
 print(_cpu.pool_state()[0], _cpu.usual_pool_limit(), int(is_mapped == 0))
 """
-    unset = ("BATCHNORM_POOL_MB", "GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env = _without_memory_settings()
     found = subprocess.run(
         [sys.executable, "-c", code],
         env=env if setting is None else {**env, "BATCHNORM_POOL_MB": setting},

@@ -29,7 +29,7 @@ if "BATCHNORM_CPU_ISA" in os.environ:
 _cpu.limit_pool(
     int(os.environ["BATCHNORM_POOL_MB"]) << 20 if "BATCHNORM_POOL_MB" in os.environ else _cpu.usual_pool_limit()
 )
-if _cpu.pool_state()[0]:
+if _cpu.pool_state()[0]:  # who turns the pool off wants the memory left alone
     _cpu.recycle_heap()
 # A forked child has none of OpenMP's threads, and would wait for them for ever.
 os.register_at_fork(after_in_child=_cpu.forbid_threads)
