@@ -1,8 +1,9 @@
-"""Training steps and evaluation of ResNet-20 at CIFAR size and ResNet-50 at 224: torch.nn's layers against ours."""
+"""Training steps and evaluation of residual networks and small perceptrons: torch.nn's layers against ours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,15 @@ def resnet50(norm: Norm, block: type[Block] = Block) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2048, 1000))
 
 
+def perceptron(norm: Norm, block: type[Block] = Block, *, width: int) -> nn.Module:
+    """Three hidden layers for 28x28 images, as in the paper's first experiment."""
+    norm_of_rows = {nn.BatchNorm2d: nn.BatchNorm1d, batchnorm.BatchNorm2d: batchnorm.BatchNorm1d}[norm]  # type: ignore[index]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for into in (784, width, width):
+        layers += [nn.Linear(into, width), *_stem(norm_of_rows(width), block)]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
 def _stem(norm: nn.Module, block: type[Block]) -> list[nn.Module]:
     if not issubclass(block, FusedBlock):
         return [norm, nn.ReLU(inplace=True)]
@@ -90,7 +100,12 @@ def _stem(norm: nn.Module, block: type[Block]) -> list[nn.Module]:
     return [norm, nn.Identity()]  # in ReLU's place, so that the names of the parameters stay
 
 
-NETWORKS = {"ResNet-20": (resnet20, (128, 3, 32, 32)), "ResNet-50": (resnet50, (8, 3, 224, 224))}
+NETWORKS = {
+    "MLP-3x100": (partial(perceptron, width=100), (60, 1, 28, 28)),
+    "MLP-3x256": (partial(perceptron, width=256), (64, 1, 28, 28)),
+    "ResNet-20": (resnet20, (128, 3, 32, 32)),
+    "ResNet-50": (resnet50, (8, 3, 224, 224)),
+}
 """How to build one, and the shape of a batch."""
 OPERATIONS = {"step": "training step", "inference": "evaluation"}
 """What is done in each phase, as the rows call it."""

@@ -36,9 +36,7 @@ def markdown(rows: Sequence[Row]) -> str:
                 parts.append(f"### {title}, {dtype}\n\nTimes of a copy of the same tensor.\n\n{_cases(chosen)}")
     networks = [row for row in rows if row["group"] == "networks"]
     if networks:
-        parts.append(
-            f"### Networks\n\nMilliseconds, and times as fast as eager beside it.\n\n{_networks(networks)}"
-        )
+        parts.append(f"### Networks\n\nMilliseconds, and times as fast as eager beside it.\n\n{_networks(networks)}")
     return "\n\n".join(parts)
 
 

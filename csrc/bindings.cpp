@@ -11,6 +11,7 @@
 
 #include "cache.hpp"
 #include "dlpack.hpp"
+#include "node.hpp"
 #include "parallel.hpp"
 #include "pass.hpp"
 #include "pool.hpp"
@@ -289,12 +290,16 @@ NB_MODULE(_cpu, m) {
   m.def("train", &train, T("x"), T("weight"), T("bias"), T("residual"), nb::arg("eps"), nb::arg("activation"),
         nb::arg("features"), nb::arg("threads"), T("mean"), T("var"), T("running_mean"), T("running_var"), T("tracked"),
         nb::arg("momentum"));
+  m.def("train_in_graph", &train_in_graph, T("x"), T("weight"), T("bias"), nb::arg("eps"), nb::arg("features"),
+        T("running_mean"), T("running_var"), T("tracked"), nb::arg("momentum"));
   m.def("infer", &infer, T("x"), T("weight"), T("bias"), T("residual"), nb::arg("eps"), nb::arg("activation"),
         nb::arg("features"), nb::arg("threads"), T("mean"), T("var"), T("out"));
   m.def("differentiate", &differentiate, nb::arg("done"), T("dy"), T("x"), T("weight"), T("bias"), T("residual"),
         nb::arg("wanted"), nb::arg("threads"));
   m.def("set_torch", &set_torch, nb::arg("tensor"), nb::arg("parameter"), nb::arg("empty_like"), nb::arg("is_neg"),
         nb::arg("new_large"), nb::arg("large"));
+  m.def("install_node", [](const std::string& library) { return install_node(library.c_str()); });
+  m.def("set_node", &set_node, nb::arg("cudnn_batch_norm"));
   m.def("update_running", &update_running, T("running_mean"), T("running_var"), T("tracked"), T("mean"), T("var"),
         nb::arg("count"), nb::arg("momentum"));
   m.def("pooled_like", &pooled_like, nb::arg("x"));

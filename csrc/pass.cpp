@@ -1,7 +1,9 @@
 #include "pass.hpp"
 
-#include <cstring>
+#include <cmath>
 
+#include "ordinary.hpp"
+#include "pool.hpp"
 #include "running.hpp"
 #include "select.hpp"
 #include "tensor.hpp"
@@ -11,13 +13,6 @@ namespace nb = nanobind;
 
 namespace batchnorm {
 namespace {
-
-// Thrown where something is not ordinary, and caught at the end of the three functions.
-struct NotOrdinary {};
-
-void expect(bool holds) {
-  if (!holds) throw NotOrdinary();
-}
 
 TensorView seen(nb::handle tensor) {
   expect(is_tensor(tensor));
@@ -30,6 +25,9 @@ TensorView seen(nb::handle tensor) {
   }
 }
 
+// No data where it is None.
+TensorView seen_if_any(nb::handle tensor) { return tensor.is_none() ? TensorView() : seen(tensor); }
+
 // An operand like x; no data where it is None.
 TensorView seen_operand(nb::handle tensor) {
   if (tensor.is_none()) return {};
@@ -38,72 +36,29 @@ TensorView seen_operand(nb::handle tensor) {
   return view;
 }
 
-bool is_like(const TensorView& x, const TensorView& other) {
-  return other.ndim == x.ndim && other.type_code == x.type_code && other.type_bits == x.type_bits &&
-         std::memcmp(other.shape, x.shape, sizeof x.shape) == 0;
-}
+// Where a batch goes, besides into the output.
+struct RunningStatistics {
+  Parameter mean, var;
+  int64_t* batches = nullptr;
+  double momentum;
 
-bool is_vector(const TensorView& view, int64_t channels) {
-  return view.is_float() && view.ndim == 1 && view.shape[0] == channels && (view.strides[0] == 1 || channels == 1);
-}
-
-Parameter parameter(nb::handle tensor, const TensorView& x) {
-  if (tensor.is_none()) return {};
-  const TensorView view = seen(tensor);
-  const bool is_same = view.type_code == x.type_code && view.type_bits == x.type_bits;
-  expect(is_vector(view, x.shape[1]) && (is_same || (x.type_bits == 16 && view.type_bits == 32)));
-  return {view.data, view.dtype()};
-}
-
-Parameter statistic(nb::handle tensor, int64_t channels) {
-  const TensorView view = seen(tensor);
-  expect(is_vector(view, channels) && view.type_bits >= 32);
-  return {view.data, view.dtype()};
-}
-
-void copy(const Parameter& from, int64_t channels, double* to) {
-  if (from.dtype == Dtype::float64) std::memcpy(to, from.data, static_cast<size_t>(channels) * sizeof(double));
-  else for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<const float*>(from.data)[c];
-}
-
-void copy(const double* from, int64_t channels, const Parameter& to) {
-  void* data = const_cast<void*>(to.data);
-  if (to.dtype == Dtype::float64) std::memcpy(data, from, static_cast<size_t>(channels) * sizeof(double));
-  else for (int64_t c = 0; c < channels; ++c) static_cast<float*>(data)[c] = static_cast<float>(from[c]);
-}
-
-// Contiguous, or channels-last: what torch's own layers return. An axis of one position may have any stride.
-bool has_memory_format(const TensorView& y) {
-  int64_t contiguous = 1, channels_last = 1;
-  bool is_contiguous = true, is_channels_last = y.ndim >= 4;
-  for (int i = y.ndim - 1; i >= 0; --i) {
-    if (y.shape[i] > 1) is_contiguous = is_contiguous && y.strides[i] == contiguous;
-    contiguous *= y.shape[i];
+  RunningStatistics(nb::handle mean_, nb::handle var_, nb::handle tracked, double momentum_, int64_t channels)
+      : momentum(momentum_) {
+    if (mean_.is_none()) return;
+    mean = statistic(seen(mean_), channels);
+    var = statistic(seen(var_), channels);
+    expect(mean.dtype == var.dtype);
+    if (tracked.is_none()) return;
+    const TensorView counter = seen(tracked);
+    expect(counter.is_int64() && counter.ndim == 0);
+    batches = static_cast<int64_t*>(counter.data);
   }
-  channels_last = y.shape[1];
-  if (y.shape[1] > 1) is_channels_last = is_channels_last && y.strides[1] == 1;
-  for (int i = y.ndim - 1; i >= 0; --i) {
-    if (i == 1) continue;
-    if (y.shape[i] > 1) is_channels_last = is_channels_last && y.strides[i] == channels_last;
-    channels_last *= y.shape[i];
-  }
-  return is_contiguous || is_channels_last;
-}
 
-// Everything but the statistics of a call whose operands are `views`, x first.
-void prepare(Call& call, const TensorView* const* views, Operand* const* operands, int number, const Pass& pass,
-             nb::handle weight, nb::handle bias, int threads) {
-  const TensorView& x = *views[0];
-  expect(x.is_float() && x.type_bits >= 16 && x.ndim >= 2 && x.ndim <= 5 && x.shape[1] > 0);
-  for (int i = 1; i < number; ++i) expect(!views[i]->data || is_like(x, *views[i]));
-  expect(set_layout(call, views, operands, number) && call.N * call.L > 0);
-  call.dtype = x.dtype();
-  call.weight = parameter(weight, x);
-  call.bias = parameter(bias, x);
-  call.activation = pass.activation;
-  call.eps = pass.eps;
-  call.threads = threads;
-}
+  // False where the batch is left out.
+  bool take(const double* batch_mean, const double* batch_var, int64_t channels, int64_t count) const {
+    return !mean.data || take_in(mean, var, batches, batch_mean, batch_var, channels, count, momentum);
+  }
+};
 
 // The output, after everything but the statistics of the call is in place.
 nb::object prepare_forward(Call& call, nb::handle x, nb::handle out, nb::handle residual, nb::handle weight,
@@ -115,13 +70,17 @@ nb::object prepare_forward(Call& call, nb::handle x, nb::handle out, nb::handle 
   expect(has_memory_format(vy));
   const TensorView* const views[] = {&vx, &vy, &vr};
   Operand* const operands[] = {&call.x, &call.y, &call.residual};
-  prepare(call, views, operands, 3, pass, weight, bias, threads);
+  prepare(call, views, operands, 3, seen_if_any(weight), seen_if_any(bias), pass.activation, pass.eps, threads);
   pass.statistics.resize(static_cast<size_t>(2 * call.C));
   call.mean = pass.mean();
   call.var = pass.var();
   call.count = pass.count = call.N * call.L;
   return y;
 }
+
+// Mean over standard deviation of a channel from which on torch's formula for the second derivative, which rounds the mean to
+// float32, is off by a millionth of the deviation.
+constexpr double kMostOffset = 16;
 
 // Other Python threads may run meanwhile, where that is worth its price.
 void run(void (*kernel)(const Call&), const Call& call) {
@@ -142,7 +101,7 @@ Pass begun(double eps, int activation, bool is_estimated) {
 }  // namespace
 
 void Pass::write(nb::handle mean, nb::handle var) {
-  const Parameter to_mean = statistic(mean, channels()), to_var = statistic(var, channels());
+  const Parameter to_mean = statistic(seen(mean), channels()), to_var = statistic(seen(var), channels());
   copy(this->mean(), channels(), to_mean);
   copy(this->var(), channels(), to_var);
 }
@@ -154,30 +113,48 @@ nb::object train(nb::handle x, nb::handle weight, nb::handle bias, nb::handle re
   Call call;
   nb::object y = prepare_forward(call, x, nb::none(), residual, weight, bias, pass, features, threads);
   expect(call.count > 1);
-  Parameter to_mean, to_var, into_mean, into_var;
+  Parameter to_mean, to_var;
   if (!mean.is_none()) {
-    to_mean = statistic(mean, call.C);
-    to_var = statistic(var, call.C);
+    to_mean = statistic(seen(mean), call.C);
+    to_var = statistic(seen(var), call.C);
   }
-  int64_t* batches = nullptr;
-  if (!running_mean.is_none()) {
-    into_mean = statistic(running_mean, call.C);
-    into_var = statistic(running_var, call.C);
-    expect(into_mean.dtype == into_var.dtype);
-    if (!tracked.is_none()) {
-      const TensorView counter = seen(tracked);
-      expect(counter.is_int64() && counter.ndim == 0);
-      batches = static_cast<int64_t*>(counter.data);
-    }
-  }
+  const RunningStatistics running(running_mean, running_var, tracked, momentum, call.C);
   run(kernels().forward, call);
   if (to_mean.data) {
     copy(call.mean, call.C, to_mean);
     copy(call.var, call.C, to_var);
   }
-  if (into_mean.data)
-    pass.is_taken = take_in(into_mean, into_var, batches, call.mean, call.var, call.C, call.count, momentum);
+  pass.is_taken = running.take(call.mean, call.var, call.C, call.count);
   return nb::make_tuple(y, std::move(pass));
+} catch (const NotOrdinary&) {
+  return nb::none();
+}
+
+nb::object train_in_graph(nb::handle x, nb::handle weight, nb::handle bias, double eps, int64_t features,
+                          nb::handle running_mean, nb::handle running_var, nb::handle tracked, double momentum) try {
+  expect(has_node());
+  const TensorView vx = seen(x);
+  expect(vx.is_float() && vx.type_bits >= 32 && vx.ndim >= 2 && vx.ndim <= 5 && eps >= 0);
+  expect(features == vx.shape[1] && features > 0 && vx.is_contiguous());
+  int64_t count = 1;
+  for (int i = 0; i < vx.ndim; ++i) count *= i == 1 ? 1 : vx.shape[i];
+  expect(count > 1 && count * features * (vx.type_bits / 8) < kPooledBytes);
+  parameter(seen(weight), vx);
+  parameter(seen_if_any(bias), vx);
+  const RunningStatistics running(running_mean, running_var, tracked, momentum, features);
+  const nb::object found = node_of(x, weight, bias, eps);
+  const auto* const mean = static_cast<const double*>(seen(found[3]).data);
+  const double* const var = mean + features;
+  const bool is_taken = running.take(mean, var, features, count);
+  bool is_centred = true;
+  if (vx.type_bits == 32)
+    for (int64_t c = 0; c < features; ++c) is_centred &= mean[c] * mean[c] <= kMostOffset * kMostOffset * (var[c] + eps);
+  if (is_centred) return nb::make_tuple(found[0], nb::none(), is_taken);
+  Pass pass = begun(eps, static_cast<int>(Activation::none), true);
+  pass.count = count;
+  pass.is_taken = is_taken;
+  pass.statistics.assign(mean, var + features);
+  return nb::make_tuple(found[0], std::move(pass), is_taken);
 } catch (const NotOrdinary&) {
   return nb::none();
 }
@@ -187,8 +164,8 @@ nb::object infer(nb::handle x, nb::handle weight, nb::handle bias, nb::handle re
   Pass pass = begun(eps, activation, false);
   Call call;
   nb::object y = prepare_forward(call, x, out, residual, weight, bias, pass, features, threads);
-  copy(statistic(mean, call.C), call.C, call.mean);
-  copy(statistic(var, call.C), call.C, call.var);
+  copy(statistic(seen(mean), call.C), call.C, call.mean);
+  copy(statistic(seen(var), call.C), call.C, call.var);
   call.reduces = false;
   run(kernels().forward, call);
   return nb::make_tuple(y, std::move(pass));
@@ -211,12 +188,12 @@ nb::object differentiate(Pass& pass, nb::handle dy, nb::handle x, nb::handle wei
   Call call;
   const TensorView* const views[] = {&vx, &vdy, &vr, &vdx, &vdr};
   Operand* const operands[] = {&call.x, &call.dy, &call.residual, &call.dx, &call.dresidual};
-  prepare(call, views, operands, 5, pass, weight, bias, threads);
+  prepare(call, views, operands, 5, seen_if_any(weight), seen_if_any(bias), pass.activation, pass.eps, threads);
   expect(call.C == pass.channels() && call.N * call.L == pass.count);
   Parameter to_weight, to_bias;
   // In half precision a sum is not written: that is left to the general way.
-  if (is_wanted(1)) to_weight = statistic(dweight = empty_like(weight, seen(weight)), call.C);
-  if (is_wanted(2)) to_bias = statistic(dbias = empty_like(bias, seen(bias)), call.C);
+  if (is_wanted(1)) to_weight = statistic(seen(dweight = empty_like(weight, seen(weight))), call.C);
+  if (is_wanted(2)) to_bias = statistic(seen(dbias = empty_like(bias, seen(bias))), call.C);
   call.mean = pass.mean();
   call.var = pass.var();
   call.count = pass.count;

@@ -38,6 +38,13 @@ nanobind::object train(nanobind::handle x, nanobind::handle weight, nanobind::ha
                        nanobind::handle var, nanobind::handle running_mean, nanobind::handle running_var,
                        nanobind::handle tracked, double momentum);
 
+// Training of a small input, (y, Pass or None, whether the batch was taken); y is a node of autograd's graph, by the operator that
+// node.hpp has given its kernels. With a Pass the caller has to make the node: y is its output, and the graph of its own
+// would be inexact. None as well where x is not small, or what asks for gradients is not x.
+nanobind::object train_in_graph(nanobind::handle x, nanobind::handle weight, nanobind::handle bias, double eps,
+                                int64_t features, nanobind::handle running_mean, nanobind::handle running_var,
+                                nanobind::handle tracked, double momentum);
+
 // Inference: (y, Pass); y from x with mean and var, (C,), float32 or float64. `out`, or None: where y is written; may be x.
 nanobind::object infer(nanobind::handle x, nanobind::handle weight, nanobind::handle bias, nanobind::handle residual,
                        double eps, int activation, int64_t features, int threads, nanobind::handle mean,

@@ -76,6 +76,15 @@ Dtype TensorView::dtype() const {
   return type_bits == 64 ? Dtype::float64 : type_bits == 32 ? Dtype::float32 : Dtype::float16;
 }
 
+bool TensorView::is_contiguous() const {
+  int64_t stride = 1;
+  for (int i = ndim - 1; i >= 0; --i) {
+    if (strides[i] != stride) return false;
+    stride *= shape[i];
+  }
+  return true;
+}
+
 void set_exchange_api(nb::handle capsule) {
   exchange_api = nullptr;
   if (!PyCapsule_CheckExact(capsule.ptr())) return;

@@ -23,6 +23,7 @@ struct TensorView {
   bool is_float() const { return type_code == 2 || type_code == 4; }
   bool is_int64() const { return type_code == 0 && type_bits == 64; }
   Dtype dtype() const;  // of a float tensor
+  bool is_contiguous() const;  // the strides of axes of one position, too, are those of torch.empty(shape)
 };
 
 // `capsule` is torch.Tensor.__dlpack_c_exchange_api__; without it tensors are read by their Python attributes.

@@ -9,6 +9,7 @@ namespace {
 struct Torch {
   PyObject *tensor = nullptr, *parameter = nullptr;
   PyObject *empty_like = nullptr, *is_neg = nullptr, *new_large = nullptr;
+  PyObject* cudnn_batch_norm = nullptr;
   size_t large = 0;
 };
 
@@ -25,8 +26,25 @@ nb::object called(PyObject* function, nb::handle argument) {
 
 void set_torch(nb::object tensor, nb::object parameter, nb::object empty_like, nb::object is_neg, nb::object new_large,
                size_t large) {
-  torch = {tensor.release().ptr(), parameter.release().ptr(), empty_like.release().ptr(), is_neg.release().ptr(),
-           new_large.release().ptr(), large};
+  torch.tensor = tensor.release().ptr();
+  torch.parameter = parameter.release().ptr();
+  torch.empty_like = empty_like.release().ptr();
+  torch.is_neg = is_neg.release().ptr();
+  torch.new_large = new_large.release().ptr();
+  torch.large = large;
+}
+
+void set_node(nb::object cudnn_batch_norm) { torch.cudnn_batch_norm = cudnn_batch_norm.release().ptr(); }
+
+bool has_node() { return torch.cudnn_batch_norm != nullptr; }
+
+nb::object node_of(nb::handle x, nb::handle weight, nb::handle bias, double eps) {
+  const nb::object eps_ = nb::float_(eps);
+  static PyObject* const no_momentum = PyFloat_FromDouble(0);
+  PyObject* const arguments[] = {x.ptr(), weight.ptr(), bias.ptr(), Py_None, Py_None, Py_True, no_momentum, eps_.ptr()};
+  PyObject* result = PyObject_Vectorcall(torch.cudnn_batch_norm, arguments, 8, nullptr);
+  if (!result) throw nb::python_error();
+  return nb::steal(result);
 }
 
 bool is_tensor(nb::handle value) {

@@ -12,6 +12,13 @@ namespace batchnorm {
 void set_torch(nanobind::object tensor, nanobind::object parameter, nanobind::object empty_like,
                nanobind::object is_neg, nanobind::object new_large, size_t large);
 
+// cudnn_batch_norm: the function of torch of that name, see node.hpp.
+void set_node(nanobind::object cudnn_batch_norm);
+bool has_node();
+
+// (y, mean, 1 / sqrt(var + eps), var) of a training pass, as a node of autograd's graph.
+nanobind::object node_of(nanobind::handle x, nanobind::handle weight, nanobind::handle bias, double eps);
+
 // Whether it is one of the two classes: subclasses and fake tensors have meanings of their own.
 bool is_tensor(nanobind::handle value);
 

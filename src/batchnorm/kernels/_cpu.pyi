@@ -71,6 +71,18 @@ def train(
     momentum: float,
     /,
 ) -> tuple[torch.Tensor, Pass] | None: ...
+def train_in_graph(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    features: int,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    tracked: torch.Tensor | None,
+    momentum: float,
+    /,
+) -> tuple[torch.Tensor, Pass | None, bool] | None: ...
 def infer(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -105,6 +117,8 @@ def set_torch(
     large: int,
     /,
 ) -> None: ...
+def install_node(library: str, /) -> bool: ...
+def set_node(cudnn_batch_norm: Callable[..., Any], /) -> None: ...
 def update_running(
     running_mean: torch.Tensor,
     running_var: torch.Tensor,

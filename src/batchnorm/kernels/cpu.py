@@ -7,6 +7,8 @@ raises ImportError where the package was installed without the core.
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch  # before the core, which shares the OpenMP library that torch loads
@@ -215,6 +217,19 @@ _cpu.set_torch(
     new_like,
     _cpu.POOLED_BYTES,
 )
+
+
+def _install_node() -> None:
+    """Small layers in training become nodes of autograd's graph without Python: csrc/node.hpp."""
+    library = Path(torch.__file__).with_name("lib") / (
+        "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+    )
+    is_free = not torch._C._dispatch_has_kernel_for_dispatch_key("aten::cudnn_batch_norm", "CPU")
+    if is_free and _cpu.install_node(str(library)):
+        _cpu.set_node(torch.cudnn_batch_norm)
+
+
+_install_node()
 
 _NOTHING = Affine(None, None, 0.0, None)
 

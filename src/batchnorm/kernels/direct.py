@@ -89,6 +89,15 @@ def train(
         return None
     if mean is not None and mean.is_inference():
         return None  # whether it may be written to is for torch to say
+    weight_of_new = -1.0 if momentum is None else momentum
+    if activation is None and residual is None and x.requires_grad and _is_followed() and weight is not None:
+        made = core.train_in_graph(x, weight, bias, eps, features, mean, var, tracked, weight_of_new)
+        if made is not None:
+            y, done, is_taken = made
+            _note_changed(mean, var, tracked)
+            if done is not None:
+                y = _in_graph(x, weight, bias, None, None, (y.detach(), done))
+            return y, is_taken
     found = core.train(
         x,
         weight,
@@ -103,14 +112,23 @@ def train(
         mean,
         var,
         tracked,
-        -1.0 if momentum is None else momentum,
+        weight_of_new,
     )
     if found is None:
         return None
-    if mean is not None and var is not None:
-        # Autograd finds out by this that a tensor it saved has changed.
-        increment_version((mean, var) if tracked is None else (mean, var, tracked))
+    _note_changed(mean, var, tracked)
     return _in_graph(x, weight, bias, residual, activation, found), found[1].is_taken
+
+
+def _is_followed() -> bool:
+    """Whether autograd records, and keeps outputs as ever."""
+    return torch.is_grad_enabled() and not recomputation.in_use
+
+
+def _note_changed(mean: torch.Tensor | None, var: torch.Tensor | None, tracked: torch.Tensor | None) -> None:
+    """Autograd finds out by this that a tensor it saved has changed."""
+    if mean is not None and var is not None:
+        increment_version((mean, var) if tracked is None else (mean, var, tracked))
 
 
 def infer(
