@@ -32,7 +32,11 @@ for many channels, which are as many programs."""
 
 def _cases(views, dtypes, forms):
     """Marks a test with each view, dtype and form for each backend."""
-    cases = [(name, *case) for name in QUICK for case in itertools.product(views, dtypes, forms)]
+    cases = [
+        (name, view, dtype, form)
+        for name, view, dtype, form in itertools.product(QUICK, views, dtypes, forms)
+        if name != "avx512bf16" or dtype.id == "bfloat16"  # has nothing of its own for others
+    ]
     few = [view for view in views if view.id != "many-channels"]
     for (i, view), (j, form) in itertools.product(enumerate(few), enumerate(forms)):
         cases.append(("triton", view, dtypes[(i + j) % len(dtypes)], form))

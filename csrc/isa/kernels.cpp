@@ -4,6 +4,9 @@
 #include "wide_stats.hpp"
 
 namespace batchnorm {
+#if defined(__AVX512BF16__)
+namespace avx512 { extern const Kernels kernels; }
+#endif
 namespace BATCHNORM_ISA {
 namespace {
 
@@ -41,6 +44,24 @@ template <template <class, Kind> class F, class T> void by_kind(const Call& call
   }
 }
 
+template <class T, Kind K> struct Forward {
+  static void run(const Call& call) { forward_as<T, K>(call); }
+};
+template <class T, Kind K> struct Backward {
+  static void run(const Call& call) { backward_as<T, K>(call); }
+};
+
+#if defined(__AVX512BF16__)
+// Only what the instructions for bfloat16 change is compiled once more.
+void forward(const Call& call) {
+  if (call.dtype == Dtype::bfloat16) by_kind<Forward, bfloat16>(call);
+  else avx512::kernels.forward(call);
+}
+void backward(const Call& call) {
+  if (call.dtype == Dtype::bfloat16) by_kind<Backward, bfloat16>(call);
+  else avx512::kernels.backward(call);
+}
+#else
 template <template <class, Kind> class F> void by_dtype(const Call& call) {
   switch (call.dtype) {
     case Dtype::float32: return by_kind<F, float>(call);
@@ -50,15 +71,9 @@ template <template <class, Kind> class F> void by_dtype(const Call& call) {
   }
 }
 
-template <class T, Kind K> struct Forward {
-  static void run(const Call& call) { forward_as<T, K>(call); }
-};
-template <class T, Kind K> struct Backward {
-  static void run(const Call& call) { backward_as<T, K>(call); }
-};
-
 void forward(const Call& call) { by_dtype<Forward>(call); }
 void backward(const Call& call) { by_dtype<Backward>(call); }
+#endif
 
 #define BATCHNORM_TEXT_(name) #name
 #define BATCHNORM_TEXT(name) BATCHNORM_TEXT_(name)

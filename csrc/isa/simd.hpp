@@ -105,13 +105,18 @@ template <> struct Storage<bfloat16> {
   static Floats load(const bfloat16* p) {
     return (Floats)(__builtin_convertvector(load_bytes<Halves>(p), Words) << 16);
   }
+  // To nearest, ties to even. The instruction gives 0 for what is below 2^-126.
+#if defined(__AVX512BF16__)
+  static Halves narrow(Floats v) { return (Halves)_mm512_cvtneps_pbh(v); }
+#else
   static Halves narrow(Floats v) {
     const Words bits = (Words)v;
-    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
     const Words nan = (bits >> 16) | 0x40;                     // rounding could turn a NaN into infinity
     const Words chosen = (v != v) ? nan : (rounded >> 16);
     return __builtin_convertvector(chosen, Halves);
   }
+#endif
   static void store(bfloat16* p, Floats v) { store_bytes(p, narrow(v)); }
   static void stream(bfloat16* p, Floats v) { stream_bytes(p, narrow(v)); }
   static float widen(bfloat16 v) {

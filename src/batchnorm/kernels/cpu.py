@@ -163,7 +163,7 @@ def update_running(
 
 
 def instruction_set() -> str:
-    """The instruction set in use: "avx512", "avx2" or "plain"; BATCHNORM_CPU_ISA in the environment forces one."""
+    """One of "avx512bf16", "avx512", "avx2" or "plain". BATCHNORM_CPU_ISA in the environment forces one."""
     return _cpu.instruction_set()
 
 
