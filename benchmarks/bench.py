@@ -23,7 +23,7 @@ import workloads
 from workers import AS_IT_COMES, POOL_OFF, TUNED, Measured, Worker, environments, measure
 
 _PEERS = ["clone", "eager", "compile", "jax", "onnxruntime"]
-_NETWORK_SECONDS = {"MLP-3x100": 6.0, "MLP-3x256": 6.0, "ResNet-20": 15.0, "ResNet-50": 60.0}
+_NETWORK_SECONDS = {"MLP-3x100": 10.0, "MLP-3x256": 10.0, "ResNet-20": 15.0, "ResNet-50": 60.0}
 
 
 def main() -> None:
@@ -181,6 +181,7 @@ def _measure_networks(
                 everywhere,
                 budget=8.0 if options.quick else seconds,
                 at_least=5,
+                at_most=400,
             )
             where = {"group": "networks", "shape": f"{name} {shape}", "dtype": "float32", "layout": layout}
             new = [_row({**head, **where, "operation": OPERATIONS[each.phase]}, each, None) for each in found]

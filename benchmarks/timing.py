@@ -13,6 +13,7 @@ Sample = Callable[[int], Mapping[str, float]]
 """Runs each phase so many times in a row and gives the seconds of one call of each ("forward", "backward", ...)."""
 
 _SHORTEST = 300e-6  # seconds: what a phase must last for the clock and the loop around it not to count
+_WARM = 3e-3  # seconds: how long a turn runs before its samples count
 _LONG = 50e-3  # seconds: from here on what another contender left in the caches does not count
 
 
@@ -41,15 +42,19 @@ class Contender:
         self._is_long = sum(seconds.values()) * self.calls > _LONG
 
     def turn(self) -> list[dict[str, float]]:
-        """Samples, one after another: one if it is long, else three that follow one that is not counted.
+        """Samples, one after another: one if it is long, else three that follow some that are not counted.
 
-        The first finds in the caches what another contender left there, the others what their own kind left.
+        Those find in the caches what another contender left there, and threads asleep; the others what their own kind left.
         """
         gc.disable()
         try:
             if self._is_long:
                 return [dict(self._sample(self.calls))]
-            return [dict(self._sample(self.calls)) for _ in range(4)][1:]
+            end = time.perf_counter() + _WARM
+            self._sample(self.calls)
+            while time.perf_counter() < end:
+                self._sample(self.calls)
+            return [dict(self._sample(self.calls)) for _ in range(3)]
         finally:
             gc.enable()
 

@@ -110,7 +110,8 @@ def measure(
     end = time.perf_counter() + budget
     rounds = 0
     while rounds < at_least or (time.perf_counter() < end and rounds < at_most):
-        for worker, peer, calls in turns:
+        # Who comes first after another process had the cores pays for it: now one, now the other.
+        for worker, peer, calls in turns if rounds % 2 else turns[::-1]:
             for sample in worker.ask(turn=peer):
                 for phase, seconds in sample.items():
                     taken.setdefault((peer, worker.memory, phase, calls), []).append(seconds)

@@ -224,9 +224,12 @@ def _install_node() -> None:
     library = Path(torch.__file__).with_name("lib") / (
         "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
     )
-    is_free = not torch._C._dispatch_has_kernel_for_dispatch_key("aten::cudnn_batch_norm", "CPU")
-    if is_free and _cpu.install_node(str(library)):
-        _cpu.set_node(torch.cudnn_batch_norm)
+    operator = getattr(torch, "cudnn_batch_norm", None)
+    has_kernel = getattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", None)
+    if operator is None or has_kernel is None or has_kernel("aten::cudnn_batch_norm", "CPU"):
+        return  # not there any more, or another library's
+    if _cpu.install_node(str(library)):
+        _cpu.set_node(operator)
 
 
 _install_node()
