@@ -13,7 +13,6 @@ Sample = Callable[[int], Mapping[str, float]]
 """Runs each phase so many times in a row and gives the seconds of one call of each ("forward", "backward", ...)."""
 
 _SHORTEST = 300e-6  # seconds: what a phase must last for the clock and the loop around it not to count
-_WARM = 3e-3  # seconds: how long a turn runs before its samples count
 _LONG = 50e-3  # seconds: from here on what another contender left in the caches does not count
 
 
@@ -29,9 +28,12 @@ class Summary(NamedTuple):
 class Contender:
     """A sampler warmed up, which knows how many calls make a sample and how many samples a turn."""
 
-    def __init__(self, sample: Sample) -> None:
-        """Runs `sample` a few times: compilation, first touches of memory, caches."""
-        self._sample = sample
+    def __init__(self, sample: Sample, warm: float = 0.0) -> None:
+        """Runs `sample` a few times: compilation, first touches of memory, caches.
+
+        A turn runs for `warm` seconds, and one sample at least, before its samples count.
+        """
+        self._sample, self._warm = sample, warm
         for _ in range(2):
             seconds = sample(1)
         shortest = max(min(seconds.values()), 1e-7)
@@ -44,13 +46,14 @@ class Contender:
     def turn(self) -> list[dict[str, float]]:
         """Samples, one after another: one if it is long, else three that follow some that are not counted.
 
-        Those find in the caches what another contender left there, and threads asleep; the others what their own kind left.
+        Those find in the caches what another contender left there, and threads asleep; the others what their own kind
+        left.
         """
         gc.disable()
         try:
             if self._is_long:
                 return [dict(self._sample(self.calls))]
-            end = time.perf_counter() + _WARM
+            end = time.perf_counter() + self._warm
             self._sample(self.calls)
             while time.perf_counter() < end:
                 self._sample(self.calls)
