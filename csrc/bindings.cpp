@@ -305,7 +305,7 @@ NB_MODULE(_cpu, m) {
   m.def("pooled_like", &pooled_like, nb::arg("x"));
   m.def("limit_pool", &limit_pool, nb::arg("bytes"));
   m.def("usual_pool_limit", &usual_pool_limit);
-  m.def("recycle_heap", &recycle_heap);
+  m.def("recycle_heap", &recycle_heap, nb::arg("bytes"));
   m.attr("POOLED_BYTES") = kPooledBytes;
   m.def("pool_state", [] {
     const PoolState state = pool_state();

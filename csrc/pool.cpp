@@ -1,5 +1,6 @@
 #include "pool.hpp"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +9,9 @@
 #include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__GLIBC__)
+#include <malloc.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
@@ -185,12 +189,18 @@ void limit_pool(int64_t bytes) {
   free_all(freed);
 }
 
-// glibc learns from what it frees: after a block of its own mapping, blocks up to that size come from the heap, whose
-// end it gives back only from twice that size on. So it goes on its own once a program has freed a tensor of that size.
-void recycle_heap() {
+// glibc learns from what it frees: after a block of its own mapping, blocks up to that size come from the heap. So it
+// goes on its own once a program has freed a tensor of that size.
+void recycle_heap(int64_t bytes) {
+#if defined(__GLIBC__)
   constexpr size_t largest_learned = 32 << 20, page = 4096;
   void* const volatile block = std::malloc(largest_learned - 2 * page);  // never touched: no memory is behind it
   std::free(block);
+  constexpr int64_t learned = 2 * static_cast<int64_t>(largest_learned), most = INT32_MAX - (INT32_MAX % page);
+  mallopt(M_TRIM_THRESHOLD, static_cast<int>(std::clamp(bytes, learned, most)));
+#else
+  static_cast<void>(bytes);
+#endif
 }
 
 }  // namespace batchnorm

@@ -35,7 +35,8 @@ PoolState pool_state();
 // How many bytes may lie idle; what is above that is given back at once. 0 turns the pool off.
 void limit_pool(int64_t bytes);
 
-// Lets the C library keep what was freed at the end of its heap, up to 64 MB, for everybody in the process.
-void recycle_heap();
+// Lets the C library keep up to `bytes` of what was freed at the end of its heap, 64 MB at least, for everybody in the
+// process.
+void recycle_heap(int64_t bytes);
 
 }  // namespace batchnorm

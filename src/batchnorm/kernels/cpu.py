@@ -31,8 +31,15 @@ if "BATCHNORM_CPU_ISA" in os.environ:
 _cpu.limit_pool(
     int(os.environ["BATCHNORM_POOL_MB"]) << 20 if "BATCHNORM_POOL_MB" in os.environ else _cpu.usual_pool_limit()
 )
-if _cpu.pool_state()[0]:  # who turns the pool off wants the memory left alone
-    _cpu.recycle_heap()
+# Who turns the pool off wants the memory left alone, and who sets malloc's thresholds wants those.
+if _cpu.pool_state()[0] and not any(
+    setting in os.environ or setting in os.environ.get("GLIBC_TUNABLES", "")
+    for setting in (
+        "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "malloc.mmap_threshold", "malloc.trim_threshold",
+    )
+):  # fmt: skip
+    _cpu.recycle_heap(_cpu.pool_state()[0])
+    os.register_at_fork(after_in_child=lambda: _cpu.recycle_heap(0))  # a DataLoader has many workers
 # A forked child has none of OpenMP's threads, and would wait for them for ever.
 os.register_at_fork(after_in_child=_cpu.forbid_threads)
 

@@ -20,7 +20,7 @@ from batchnorm.recalibration.progress import Bar
 from batchnorm.recalibration.ranks import Group, number_of_ranks, together
 from batchnorm.recalibration.report import Estimator, LayerChange, Reading, RecalibrationReport, Skipped
 from batchnorm.recalibration.restoration import lent_in_evaluation
-from batchnorm.recalibration.source import Source, on_first_input
+from batchnorm.recalibration.source import OnFirstInput, Source
 from batchnorm.stats.moments import Moments
 from batchnorm.stats.population import mean_of_batches, moving_average, population
 from batchnorm.stats.running import Running
@@ -109,7 +109,7 @@ def recalibrate(
     chosen, skipped = choose(model, layers)
     source = Source(batches, max_batches, is_repeated=reading == "sequential")
     with Bar() as bar:
-        work = _Estimation(model, chosen, estimator, source, forward or on_first_input, group, bar)
+        work = _Estimation(model, chosen, estimator, source, forward or OnFirstInput(model), group, bar)
         if chosen:
             with lent_in_evaluation(model):
                 work.run(reading, memory)

@@ -50,6 +50,8 @@ class Held:
 
     def drop(self) -> None:
         """Ends it where it stands."""
+        if self._coroutine.dead:
+            return
         self._is_dropped = True
         self._in_its_modes(partial(self._coroutine.throw, GreenletExit))
 

@@ -18,7 +18,7 @@ from batchnorm.recalibration.collection import Call, Collected, Forward, Seen, m
 from batchnorm.recalibration.held import Held
 from batchnorm.recalibration.interception import intercepted
 from batchnorm.recalibration.memory import free_bytes
-from batchnorm.recalibration.source import device_of, first_input, on_first_input
+from batchnorm.recalibration.source import OnFirstInput, first_input
 from batchnorm.recalibration.statefulness import Watch
 from batchnorm.stats.moments import Moments
 
@@ -72,8 +72,8 @@ class Lockstep:
         self._waiting: list[_Waiting] = []
         self._running: _Waiting | None = None
         self._watch = Watch(model)
-        self._chain = stretches_of(model, layers) if forward is on_first_input else None
-        self._device = device_of(model)
+        self._chain = stretches_of(model, layers) if isinstance(forward, OnFirstInput) else None
+        self._next_stretch = 1
         self._interception = ExitStack()
 
     def __enter__(self) -> Lockstep:
@@ -101,7 +101,10 @@ class Lockstep:
             self.why = self._obstacle()
             if self.why is None:
                 self._begin(batches, on_batch)
+        elif self._chain is not None and self._waiting and self._next_stretch == len(self._chain) - 1:
+            return Collected(self.batches, [END], set(), {})  # no layer is left, and nobody wants the output
         else:
+            self._next_stretch += 1
             # What ran last goes first: its activations are still in the caches.
             self._waiting.reverse()
             for waiting in self._waiting:
@@ -154,7 +157,8 @@ class Lockstep:
     def _held(self, batch: Any) -> Held | Steps:
         if self._chain is None:
             return Held(partial(self._forward, self._model, batch))
-        return Steps(self._chain, first_input(batch, self._device), self._before)
+        assert isinstance(self._forward, OnFirstInput)
+        return Steps(self._chain, first_input(batch, self._forward.device), self._before)
 
     def _resume(self, waiting: _Waiting) -> None:
         self._running = waiting

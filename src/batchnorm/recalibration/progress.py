@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,11 +13,13 @@ class Bar:
     """On stderr, gone at the end; nothing where the output is no terminal."""
 
     def __init__(self) -> None:
-        # Here and not above: `from batchnorm import *` need not load it.
+        self._bar: Progress | None = None
+        # Rich takes 0.15 s to load, which a small model's recalibration does not.
+        if not (sys.stderr is not None and sys.stderr.isatty()) and "ipykernel" not in sys.modules:
+            return
         from rich.console import Console
 
         console = Console(stderr=True)
-        self._bar: Progress | None = None
         if not console.is_terminal:
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
