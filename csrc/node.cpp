@@ -68,8 +68,8 @@ void forward(Value* stack, uint64_t, uint64_t) try {
 void backward(Value* stack, uint64_t, uint64_t) try {
   const Tensor x(stack[0]), weight(stack[2]);
   Tensor dy(stack[1]);
-  const Tensor running_mean = Tensor::optional(stack[3]), running_var = Tensor::optional(stack[4]);
-  const Tensor mean = Tensor::optional(stack[5]), inv_std = Tensor::optional(stack[6]), statistics(stack[8]);
+  const Tensor statistics(stack[8]);
+  for (const int unused : {3, 4, 5, 6}) Tensor::optional(stack[unused]);  // ours to free
   const double eps = abi::number(stack[7]);
   const TensorView vx = x.view();
   TensorView vdy = dy.view();
