@@ -92,7 +92,7 @@ void backward(Value* stack, uint64_t, uint64_t) try {
   std::vector<double> sums(static_cast<size_t>(2 * call.C), 0.0);
   call.sum_dz = sums.data();
   call.sum_dz_xhat = sums.data() + call.C;
-  const Parameter to_weight = statistic(dweight.view(), call.C), to_bias = statistic(dbias.view(), call.C);
+  const Parameter to_weight = gradient(dweight.view(), call.C), to_bias = gradient(dbias.view(), call.C);
   kernels().backward(call);
   copy(call.sum_dz_xhat, call.C, to_weight);
   copy(call.sum_dz, call.C, to_bias);

@@ -14,6 +14,15 @@ bool is_vector(const TensorView& view, int64_t channels) {
   return view.is_float() && view.ndim == 1 && view.shape[0] == channels && (view.strides[0] == 1 || channels == 1);
 }
 
+// As torch rounds: to the nearest float, and then to the nearest upper half, ties to even.
+uint16_t rounded_to_bfloat16(double value) {
+  const float single = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &single, sizeof bits);
+  if (single != single) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 }  // namespace
 
 void expect(bool holds) {
@@ -32,6 +41,11 @@ Parameter statistic(const TensorView& view, int64_t channels) {
   return {view.data, view.dtype()};
 }
 
+Parameter gradient(const TensorView& view, int64_t channels) {
+  expect(is_vector(view, channels) && (view.type_bits >= 32 || view.dtype() == Dtype::bfloat16));
+  return {view.data, view.dtype()};
+}
+
 void copy(const Parameter& from, int64_t channels, double* to) {
   if (from.dtype == Dtype::float64) std::memcpy(to, from.data, static_cast<size_t>(channels) * sizeof(double));
   else for (int64_t c = 0; c < channels; ++c) to[c] = static_cast<const float*>(from.data)[c];
@@ -40,7 +54,9 @@ void copy(const Parameter& from, int64_t channels, double* to) {
 void copy(const double* from, int64_t channels, const Parameter& to) {
   void* data = const_cast<void*>(to.data);
   if (to.dtype == Dtype::float64) std::memcpy(data, from, static_cast<size_t>(channels) * sizeof(double));
-  else for (int64_t c = 0; c < channels; ++c) static_cast<float*>(data)[c] = static_cast<float>(from[c]);
+  else if (to.dtype == Dtype::float32)
+    for (int64_t c = 0; c < channels; ++c) static_cast<float*>(data)[c] = static_cast<float>(from[c]);
+  else for (int64_t c = 0; c < channels; ++c) static_cast<uint16_t*>(data)[c] = rounded_to_bfloat16(from[c]);
 }
 
 bool has_memory_format(const TensorView& view) {

@@ -15,6 +15,8 @@ void expect(bool holds);
 Parameter parameter(const TensorView& view, const TensorView& x);
 // (C,), float32 or float64.
 Parameter statistic(const TensorView& view, int64_t channels);
+// The gradient of weight or bias: as `statistic`, or bfloat16.
+Parameter gradient(const TensorView& view, int64_t channels);
 void copy(const Parameter& from, int64_t channels, double* to);
 void copy(const double* from, int64_t channels, const Parameter& to);
 

@@ -134,20 +134,21 @@ nb::object train_in_graph(nb::handle x, nb::handle weight, nb::handle bias, doub
                           nb::handle running_mean, nb::handle running_var, nb::handle tracked, double momentum) try {
   expect(has_node());
   const TensorView vx = seen(x);
-  expect(vx.is_float() && vx.type_bits >= 32 && vx.ndim >= 2 && vx.ndim <= 5 && eps >= 0);
+  expect(vx.is_float() && vx.type_bits >= 16 && vx.ndim >= 2 && vx.ndim <= 5 && eps >= 0);
   expect(features == vx.shape[1] && features > 0 && vx.is_contiguous());
   int64_t count = 1;
   for (int i = 0; i < vx.ndim; ++i) count *= i == 1 ? 1 : vx.shape[i];
   expect(count > 1 && count * features * (vx.type_bits / 8) < kPooledBytes);
   parameter(seen(weight), vx);
   parameter(seen_if_any(bias), vx);
+  gradient(seen(weight), features);  // which will be of that dtype
   const RunningStatistics running(running_mean, running_var, tracked, momentum, features);
   const nb::object found = node_of(x, weight, bias, eps);
   const auto* const mean = static_cast<const double*>(seen(found[3]).data);
   const double* const var = mean + features;
   const bool is_taken = running.take(mean, var, features, count);
   bool is_centred = true;
-  if (vx.type_bits == 32)
+  if (vx.type_bits <= 32)
     for (int64_t c = 0; c < features; ++c) is_centred &= mean[c] * mean[c] <= kMostOffset * kMostOffset * (var[c] + eps);
   if (is_centred) return nb::make_tuple(found[0], nb::none(), is_taken);
   Pass pass = begun(eps, static_cast<int>(Activation::none), true);

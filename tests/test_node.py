@@ -45,12 +45,21 @@ def _input(*shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("dtype", "of_weight"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),  # as in autocast
+        (torch.float16, torch.float32),
+    ],
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_gives_what_our_node_gives_to_the_last_bit(shape, dtype, momentum, bias, monkeypatch):
+def test_it_gives_what_our_node_gives_to_the_last_bit(shape, dtype, of_weight, momentum, bias, monkeypatch):
     def passes():
         x = _input(*shape, dtype=dtype)
-        layer = BatchNorm(shape[1], momentum=momentum, bias=bias, dtype=dtype)
+        layer = BatchNorm(shape[1], momentum=momentum, bias=bias, dtype=of_weight)
         torch.nn.init.normal_(layer.weight)
         results = []
         for _ in range(2):
@@ -88,6 +97,25 @@ def test_second_derivatives():
     assert _has_node(layer(x))
     parameters = tuple(layer.parameters())
     assert torch.autograd.gradgradcheck(lambda x, *_: layer(x), (x, *parameters))
+
+
+@pytest.mark.parametrize("mean", [0, 10])
+def test_second_derivatives_in_bfloat16(mean):
+    """Their dtype is that of the input, and they are off by roundings of it alone."""
+    torch.manual_seed(0)
+    values = (torch.randn(64, 4) + mean).bfloat16()
+
+    def second(x, layer):
+        first = torch.autograd.grad(layer(x).sin().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(first.square().sum(), [x, *layer.parameters()])
+
+    x = values.clone().requires_grad_()
+    assert _has_node(BatchNorm1d(4)(x))
+    found = second(x, BatchNorm1d(4))
+    expected = second(values.double().requires_grad_(), BatchNorm1d(4, dtype=torch.float64))
+    assert [one.dtype for one in found] == [torch.bfloat16, torch.float32, torch.float32]
+    for one, right in zip(found, expected, strict=True):
+        assert (one - right).abs().max() < 0.03 * right.abs().max()
 
 
 @pytest.mark.parametrize("mean", [0, 10, 1e3, 1e4])
@@ -192,7 +220,9 @@ def test_who_does_not_take_it():
     assert not _has_node(BatchNorm1d(4, affine=False)(x))
     assert not _has_node(BatchNorm1d(4)(x.detach()))
     assert not _has_node(BatchNorm1d(4).eval()(x))
-    assert not _has_node(BatchNorm1d(4)(x.bfloat16()))
+    assert not _has_node(BatchNorm1d(4, dtype=torch.float16)(x.half()))
+    channels_last = _input(6, 4, 3, 3).to(memory_format=torch.channels_last)
+    assert not _has_node(BatchNorm2d(4)(channels_last))  # torch's formula fails there for batched gradients
     assert not _has_node(BatchNorm2d(4)(_input(1 << 9, 4, 32, 32)))  # large: outputs come from the pool
     with torch.no_grad():
         assert BatchNorm1d(4)(x).grad_fn is None
