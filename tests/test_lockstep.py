@@ -276,6 +276,18 @@ def test_a_chain_waits_between_its_modules_and_gives_the_same(norm, estimator, m
     torch.testing.assert_close(models[0].state_dict(), models[2].state_dict(), rtol=1e-12, atol=1e-12)
 
 
+def test_what_lies_behind_the_last_layer_of_a_chain_is_not_computed(monkeypatch):
+    model, batches = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)), _batches()
+    model, called = model.double(), []
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.append(self) or x @ self.weight.T + self.bias)
+    recalibrate(model, batches)
+    assert called == [model[0]] * len(batches)
+    called.clear()
+    model[1].reset_running_stats()
+    assert recalibrate(model, batches, reading="batch").batches == len(batches)
+    assert called == [model[0], model[3]] * len(batches)
+
+
 def test_a_chain_with_classes_that_nobody_knows_waits_inside(monkeypatch):
     monkeypatch.setattr(lockstep, "Steps", None)
     models = [_chain(kind=_Scaled), _chain(kind=_Scaled)]
