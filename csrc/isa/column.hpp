@@ -73,15 +73,16 @@ inline void add_value_columns(Matrix<const T> x, int64_t rows, int64_t columns, 
   });
 }
 
-// Calls run(how to write whole vectors, how many rows at a time). Whole rows go one by one: one stream to read and one to
-// write is what the hardware prefetches best, and the coefficients come from the first-level cache. (Four at a time took
-// 1.4 times as long where the output had to come into the caches first: Zen 4, 64x256x14x14 channels-last.) So do
-// streamed ones. Parts of rows, as tiles have them, are too short for that, and go four at a time, which saves a fifth on
-// 64x512x7x7. So does what lies in the second-level caches: there loading the coefficients costs (a tenth on 2048x100).
-template <class F> inline void over_maps(bool stream, bool in_fours, F run) {
-  if (stream) run(Stream{}, Number<1>{});
-  else if (in_fours) run(Store{}, Number<4>{});
-  else run(Store{}, Number<1>{});
+// Calls run(how to write whole vectors, how many rows at a time, whether to fetch the output of the rows that come next:
+// see fetches_output()). Whole rows go one by one: one stream to read and one to write is what the hardware prefetches best,
+// and the coefficients come from the first-level cache. (Four at a time took 1.4 times as long where the output had to come
+// into the caches first: Zen 4, 64x256x14x14 channels-last.) Parts of rows, as tiles have them, are too short for that, and
+// go four at a time, which saves a fifth on 64x512x7x7 and, streamed, a tenth on 64x256x14x14. So does what lies in the
+// second-level caches: there loading the coefficients costs (a tenth on 2048x100).
+template <class F> inline void over_maps(bool stream, bool is_small, bool in_parts, F run) {
+  if (stream) in_parts ? run(Stream{}, Number<4>{}, No{}) : run(Stream{}, Number<1>{}, No{});
+  else if (is_small) run(Store{}, Number<4>{}, No{});
+  else in_parts ? run(Store{}, Number<4>{}, Yes{}) : run(Store{}, Number<1>{}, No{});
 }
 
 // y = activation((x - mean) * scale + shift + residual). `ahead` (values): where the next tile lies, or 0.
@@ -91,7 +92,7 @@ inline void apply_columns(Matrix<T> y, Matrix<const T> x, Matrix<const T> residu
                           int64_t ahead) {
   using A = Arithmetic<T>;
   using V = Vector<A>;
-  over_maps(stream, is_small || columns < x.pitch, [&](auto streamed, auto together) {
+  over_maps(stream, is_small, columns < x.pitch, [&](auto streamed, auto together, auto fetches) {
     over_rows<together.value>(rows, [&](int64_t r, auto number) {
       const T *px = x.row(r), *pr = residual.row(r);
       T* py = y.row(r);
@@ -101,6 +102,7 @@ inline void apply_columns(Matrix<T> y, Matrix<const T> x, Matrix<const T> residu
 #pragma GCC unroll 4
         for (int k = 0; k < number.value; ++k) {
           if (ahead) prefetch(px + k * x.pitch + j + ahead);
+          if constexpr (fetches.value) prefetch(py + (k + number.value) * y.pitch + j);
           V z = (take(px + k * x.pitch + j, how) - mean) * scale + shift;
           if (pr) z += take(pr + k * residual.pitch + j, how);
           put(py + k * y.pitch + j, activate<K>(z, which), streamed(how));
@@ -153,7 +155,7 @@ inline void gradient_columns(Matrix<T> dx, Matrix<T> dresidual, Matrix<const T> 
                              bool stream, bool is_small, int64_t ahead) {
   using A = Arithmetic<T>;
   using V = Vector<A>;
-  over_maps(stream, is_small || columns < x.pitch, [&](auto streamed, auto together) {
+  over_maps(stream, is_small, columns < x.pitch, [&](auto streamed, auto together, auto fetches) {
     over_rows<together.value>(rows, [&](int64_t r, auto number) {
       const T *pdy = dy.row(r), *px = x.row(r), *pr = residual.row(r);
       T *pdx = dx.row(r), *pdr = dresidual.row(r);
@@ -166,6 +168,10 @@ inline void gradient_columns(Matrix<T> dx, Matrix<T> dresidual, Matrix<const T> 
           if (ahead) {
             prefetch(px + k * x.pitch + j + ahead);
             prefetch(pdy + k * dy.pitch + j + ahead);
+          }
+          if constexpr (fetches.value) {
+            if (pdx) prefetch(pdx + (k + number.value) * dx.pitch + j);
+            if (pdr) prefetch(pdr + (k + number.value) * dresidual.pitch + j);
           }
           V dz = take(pdy + k * dy.pitch + j, how), d{};
           if (K != Kind::none || is_estimated) d = take(px + k * x.pitch + j, how) - mean;

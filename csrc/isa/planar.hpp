@@ -58,6 +58,7 @@ template <class T, Kind K> struct PlanarForward {
   const Call& call;
   Coefficients<A>* of;  // by channel
   bool stream;
+  bool fetches;  // the output of a channel's next run
 
   Moment reduce(const Piece& piece) const {
     Moment whole;
@@ -120,7 +121,8 @@ template <class T, Kind K> struct PlanarForward {
     for (int64_t n = piece.n0; n < piece.n1; ++n) {
       const T* x = at<const T>(call.x, n, piece.c, piece.l0);
       apply_run<T, K>(at<T>(call.y, n, piece.c, piece.l0), x, at<const T>(call.residual, n, piece.c, piece.l0),
-                      piece.l1 - piece.l0, of[piece.c], call.activation, stream, ahead ? x + ahead : nullptr);
+                      piece.l1 - piece.l0, of[piece.c], call.activation, stream, ahead ? x + ahead : nullptr,
+                      fetches && n + 1 < piece.n1 ? call.y.stride_n : 0);
     }
   }
 
@@ -150,6 +152,7 @@ template <class T, Kind K> struct PlanarBackward {
   const Call& call;
   Coefficients<A>* of;
   bool stream;
+  bool fetches;  // the output of a channel's next run
 
   Partial reduce(const Piece& piece) const {
     Partial whole;
@@ -183,10 +186,13 @@ template <class T, Kind K> struct PlanarBackward {
 
   void map(const Piece& piece, int64_t ahead) const {
     for (int64_t n = piece.n0; n < piece.n1; ++n) {
+      const bool fetches_next = fetches && n + 1 < piece.n1;
       gradient_run<T, K>(at<T>(call.dx, n, piece.c, piece.l0), at<T>(call.dresidual, n, piece.c, piece.l0),
                          at<const T>(call.dy, n, piece.c, piece.l0), at<const T>(call.x, n, piece.c, piece.l0),
                          at<const T>(call.residual, n, piece.c, piece.l0), mask_at(call, n, piece.l0),
-                         piece.l1 - piece.l0, of[piece.c], call.activation, call.is_estimated, stream, ahead);
+                         piece.l1 - piece.l0, of[piece.c], call.activation, call.is_estimated, stream, ahead,
+                         fetches_next && call.dx.data ? call.dx.stride_n : 0,
+                         fetches_next && call.dresidual.data ? call.dresidual.stride_n : 0);
     }
   }
 
@@ -279,7 +285,9 @@ template <class Pass> inline void run_planar(const Call& call, int tensors, bool
   const size_t bytes = static_cast<size_t>(call.C) * sizeof(Coefficients<A>) +
                        static_cast<size_t>(Pieces(call).number()) * sizeof(typename Pass::Partial);
   auto* of = static_cast<Coefficients<A>*>(scratch(Arena::call, bytes + 64));
-  PlanarRun<Pass>(Pass{call, of, stream}, tensors)();
+  const int64_t values = call.C * call.N * call.L, size = bytes_of(call.dtype);
+  const bool fetches = !stream && fetches_output(call.L * size, values * size * (tensors + 1), call.threads);
+  PlanarRun<Pass>(Pass{call, of, stream, fetches}, tensors)();
 }
 
 }  // namespace BATCHNORM_ISA

@@ -104,22 +104,27 @@ inline int64_t add_masked_values(Sums<Arithmetic<T>>& sums, const T* x, const ui
   return static_cast<int64_t>(total(counted));
 }
 
-// y = activation((x - mean) * scale + shift + residual). `ahead`: the run that is read next, or null.
+// y = activation((x - mean) * scale + shift + residual). `ahead`: the run that is read next, or null; `fetch`: how far on
+// (values) the output lies that is written next, or 0.
 template <class T, Kind K>
 inline void apply_run(T* y, const T* x, const T* residual, int64_t n, const Coefficients<Arithmetic<T>>& of,
-                      Activation which, bool stream, const T* ahead) {
+                      Activation which, bool stream, const T* ahead, int64_t fetch) {
   using V = Vector<Arithmetic<T>>;
   const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
-  auto run = [&](auto has_residual, auto prefetches) {
+  auto run = [&](auto has_residual, auto prefetches, auto fetches) {
     over_run(y, n, stream, [&](int64_t i, auto how) {
       if constexpr (prefetches.value) prefetch(ahead + i);
+      if constexpr (fetches.value) prefetch(y + fetch + i);
       V z = (take(x + i, how) - mean) * scale + shift;
       if constexpr (has_residual.value) z += take(residual + i, how);
       put(y + i, activate<K>(z, which), how);
     });
   };
-  if (residual) ahead ? run(Yes{}, Yes{}) : run(Yes{}, No{});
-  else ahead ? run(No{}, Yes{}) : run(No{}, No{});
+  auto read = [&](auto has_residual, auto prefetches) {
+    fetch ? run(has_residual, prefetches, Yes{}) : run(has_residual, prefetches, No{});
+  };
+  if (residual) ahead ? read(Yes{}, Yes{}) : read(Yes{}, No{});
+  else ahead ? read(No{}, Yes{}) : read(No{}, No{});
 }
 
 // The same for runs of `length` values that lie side by side, as if they were one: no vector but the last is partial, and all
@@ -194,20 +199,25 @@ inline void add_gradients(Sums<Arithmetic<T>>& sums, const T* dy, const T* x, co
   sums = s;
 }
 
-// dx = dz * scale + (x - mean) * by_x + constant, the last two where the mask counts; dresidual = dz.
+// dx = dz * scale + (x - mean) * by_x + constant, the last two where the mask counts; dresidual = dz. `ahead` (values): how
+// far on the values lie that are read next, or 0; likewise `fetch_dx` and `fetch_dr` what is written next.
 template <class T, Kind K>
 inline void gradient_run(T* dx, T* dresidual, const T* dy, const T* x, const T* residual, const uint8_t* mask,
                          int64_t n, const Coefficients<Arithmetic<T>>& of, Activation which, bool is_estimated,
-                         bool stream, int64_t ahead) {
+                         bool stream, int64_t ahead, int64_t fetch_dx, int64_t fetch_dr) {
   using A = Arithmetic<T>;
   using V = Vector<A>;
   const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
   const V by_x = broadcast(of.by_x), constant = broadcast(of.constant);
-  auto run = [&](auto reads_residual, auto estimated, auto masked) {
+  auto run = [&](auto reads_residual, auto estimated, auto masked, auto fetches) {
     over_run(dx ? dx : dresidual, n, stream, [&](int64_t i, auto how) {
       if (ahead) {
         prefetch(dy + ahead + i);
         prefetch(x + ahead + i);
+      }
+      if constexpr (fetches.value) {
+        if (fetch_dx) prefetch(dx + fetch_dx + i);
+        if (fetch_dr) prefetch(dresidual + fetch_dr + i);
       }
       V dz = take(dy + i, how), d{};
       if constexpr (K != Kind::none || estimated.value) d = take(x + i, how) - mean;
@@ -231,9 +241,10 @@ inline void gradient_run(T* dx, T* dresidual, const T* dy, const T* x, const T* 
     });
   };
   const bool reads = residual && K != Kind::none;
-  if (!is_estimated) reads ? run(Yes{}, No{}, No{}) : run(No{}, No{}, No{});
-  else if (mask) reads ? run(Yes{}, Yes{}, Yes{}) : run(No{}, Yes{}, Yes{});
-  else reads ? run(Yes{}, Yes{}, No{}) : run(No{}, Yes{}, No{});
+  if (!is_estimated) reads ? run(Yes{}, No{}, No{}, No{}) : run(No{}, No{}, No{}, No{});
+  else if (mask) reads ? run(Yes{}, Yes{}, Yes{}, No{}) : run(No{}, Yes{}, Yes{}, No{});
+  else if (fetch_dx || fetch_dr) reads ? run(Yes{}, Yes{}, No{}, Yes{}) : run(No{}, Yes{}, No{}, Yes{});
+  else reads ? run(Yes{}, Yes{}, No{}, No{}) : run(No{}, Yes{}, No{}, No{});
 }
 
 }  // namespace BATCHNORM_ISA
