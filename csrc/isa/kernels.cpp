@@ -13,7 +13,7 @@ namespace {
 // Short runs go as columns of a matrix, if neighbouring channels are neighbours in memory.
 bool is_matrix(const Call& call) {
   if (call.layout == Layout::channels_last) return true;
-  if (call.L >= kShortRun || call.mask) return false;
+  if (!is_short(call.L, call.N) || call.mask) return false;
   if (!call.reduces && call.L >= kShortestRun) return false;
   for (const Operand* operand : {&call.x, &call.residual, &call.y, &call.dy, &call.dx, &call.dresidual})
     if (operand->data && operand->stride_c != call.L) return false;

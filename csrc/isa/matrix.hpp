@@ -35,8 +35,14 @@ template <class A> inline void spread(A* by_column, const A* by_channel, const G
     for (int64_t j = 0; j < grid.columns; j += grid.channels)
       for (int64_t c = 0; c < grid.channels; ++c) by_column[j + c] = by_channel[c];
   } else {
-    for (int64_t c = 0; c < grid.channels; ++c)
-      for (int64_t l = 0; l < grid.run; ++l) by_column[c * grid.run + l] = by_channel[c];
+    // Whole vectors: the last one of a channel writes on into the next ones' columns, whose turn comes then.
+    constexpr int64_t lanes = kLanes<A>;
+    const int64_t run = grid.run, whole = (run + lanes - 1) / lanes * lanes;
+    int64_t c = 0;
+    for (; c * run + whole <= grid.columns; ++c)
+      for (int64_t l = 0; l < run; l += lanes) store_bytes(by_column + c * run + l, broadcast(by_channel[c]));
+    for (; c < grid.channels; ++c)
+      for (int64_t l = 0; l < run; ++l) by_column[c * run + l] = by_channel[c];
   }
   for (int64_t j = grid.columns; j < padded(grid.columns); ++j) by_column[j] = 0;
 }
@@ -49,16 +55,12 @@ template <class A> inline void gather(double* by_channel, const A* by_column, in
   } else {
     for (int64_t c = 0; c < grid.channels; ++c) {
       const A* own = by_column + c * grid.run;
-      double a = 0, b = 0, d = 0, e = 0;  // one sum would wait for its own last addition
+      double sums[8] = {};  // one vector; one sum would wait for its own last addition
       int64_t l = 0;
-      for (; l + 4 <= grid.run; l += 4) {
-        a += static_cast<double>(own[l]);
-        b += static_cast<double>(own[l + 1]);
-        d += static_cast<double>(own[l + 2]);
-        e += static_cast<double>(own[l + 3]);
-      }
-      for (; l < grid.run; ++l) a += static_cast<double>(own[l]);
-      by_channel[c] += (a + b) + (d + e);
+      for (; l + 8 <= grid.run; l += 8)
+        for (int k = 0; k < 8; ++k) sums[k] += static_cast<double>(own[l + k]);
+      for (; l < grid.run; ++l) sums[l % 8] += static_cast<double>(own[l]);
+      by_channel[c] += ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
     }
   }
 }

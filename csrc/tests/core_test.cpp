@@ -376,7 +376,7 @@ void test_running() {
 int main() {
   const Shape shapes[] = {{2, 3, 5}, {1, 1, 7}, {5, 17, 49}, {40, 64, 49}, {3, 4, 1000}, {2, 5, 9000},
                           {1, 2, 70001}, {300, 3, 1}, {65, 100, 1}, {9, 300, 2}, {1000, 2, 3}, {4, 1100, 1}, {60, 3200, 1},
-                          {3, 6, 196}, {7, 5, 33}, {2100, 12, 1}};
+                          {3, 6, 196}, {16, 24, 150}, {2, 9, 70}, {7, 5, 33}, {2100, 12, 1}};
   for (const Kernels* const* kernels = usable_kernels(); *kernels; ++kernels)
     for (const Shape& shape : shapes)
       for (Layout layout : {Layout::planar, Layout::channels_last})
