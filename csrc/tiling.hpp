@@ -29,6 +29,8 @@ constexpr int64_t kMapValues = 65536;
 constexpr int64_t kMapBytes = 256 << 10;
 // Rows of a matrix that one part of its statistics should have: merging a part costs as much as some dozen rows.
 constexpr int64_t kPartRows = 256;
+// Columns of a matrix that one thread takes as one tile: each tile has its price. (8x16x8x8: 1.13 times as fast as in four.)
+constexpr int64_t kTileColumns = 2048;
 // How far ahead matrices are prefetched, at least: the group of rows in hand must be left behind, too.
 constexpr int64_t kPrefetchBytes = 4096;
 // Work for which a second thread is worth waking.

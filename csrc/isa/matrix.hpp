@@ -438,7 +438,8 @@ template <class Pass> class MatrixRun {
     const int64_t channel_bytes = call_.N * call_.L * size;
     const int64_t unit = runs_of_lines(call_.L * size);
     int64_t group = tile_bytes(tensors) / channel_bytes;
-    const int64_t fair = call_.C / (4 * threads_);
+    const bool is_one = threads_ == 1 && whole_.columns <= kTileColumns;
+    const int64_t fair = is_one ? call_.C : call_.C / (4 * threads_);
     group = group < fair ? group : fair;
     group = group < unit ? unit : group / unit * unit;
     if (channel_bytes * group > 2 * tile_bytes(tensors) || call_.C < group * threads_) return;
