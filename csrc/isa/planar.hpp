@@ -1,4 +1,4 @@
-// Planar activations (NCHW and the like) with long runs: which thread works on which positions of which channel.
+// Planar activations (NCHW and the like) with long runs, or few of them: which thread works on which positions of which channel.
 //
 // Fused: a task is a whole channel; both passes follow each other while it is in the cache, and the second one
 // prefetches the next channel. Split, where channels are few or huge, and where one half alone is asked for: a task is
