@@ -23,6 +23,9 @@ void copy(const double* from, int64_t channels, const Parameter& to);
 // Contiguous, or channels-last: what torch's own layers return. An axis of one position may have any stride.
 bool has_memory_format(const TensorView& view);
 
+// Of one shape and dtype, and in a layout that the core reads both in.
+bool lie_alike(const TensorView& x, const TensorView& other);
+
 // Everything but the statistics of a call whose operands are `views`, x (N, C, ...) first.
 void prepare(Call& call, const TensorView* const* views, Operand* const* operands, int number, const TensorView& weight,
              const TensorView& bias, Activation activation, double eps, int threads);

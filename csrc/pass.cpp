@@ -60,13 +60,20 @@ struct RunningStatistics {
   }
 };
 
-// The output, after everything but the statistics of the call is in place.
+// The output, after everything but the statistics of the call is in place. `kept` holds what the call reads besides its tensors.
 nb::object prepare_forward(Call& call, nb::handle x, nb::handle out, nb::handle residual, nb::handle weight,
-                           nb::handle bias, Pass& pass, int64_t features, int threads) {
-  const TensorView vx = seen_operand(x), vr = seen_operand(residual);
+                           nb::handle bias, Pass& pass, int64_t features, int threads, nb::object& kept) {
+  TensorView vx = seen_operand(x);
+  const TensorView vr = seen_operand(residual);
   expect(vx.is_float() && vx.ndim >= 2 && (features < 0 || features == vx.shape[1]));
   nb::object y = out.is_none() ? empty_like(x, vx) : nb::borrow(out);
-  const TensorView vy = out.is_none() ? seen(y) : seen_operand(y);
+  TensorView vy = out.is_none() ? seen(y) : seen_operand(y);
+  if (out.is_none() && !has_memory_format(vy)) {  // as tokens (N, L, C) that were transposed
+    kept = contiguous(x);
+    vx = seen(kept);
+    y = empty_like(kept, vx);
+    vy = seen(y);
+  }
   expect(has_memory_format(vy));
   const TensorView* const views[] = {&vx, &vy, &vr};
   Operand* const operands[] = {&call.x, &call.y, &call.residual};
@@ -111,7 +118,7 @@ nb::object train(nb::handle x, nb::handle weight, nb::handle bias, nb::handle re
                  nb::handle running_var, nb::handle tracked, double momentum) try {
   Pass pass = begun(eps, activation, true);
   Call call;
-  nb::object y = prepare_forward(call, x, nb::none(), residual, weight, bias, pass, features, threads);
+  nb::object kept, y = prepare_forward(call, x, nb::none(), residual, weight, bias, pass, features, threads, kept);
   expect(call.count > 1);
   Parameter to_mean, to_var;
   if (!mean.is_none()) {
@@ -132,13 +139,14 @@ nb::object train(nb::handle x, nb::handle weight, nb::handle bias, nb::handle re
 
 nb::object train_in_graph(nb::handle x, nb::handle weight, nb::handle bias, double eps, int64_t features,
                           nb::handle running_mean, nb::handle running_var, nb::handle tracked, double momentum) try {
-  expect(has_node());
+  if (!has_node()) return nb::none();
   const TensorView vx = seen(x);
-  expect(vx.is_float() && vx.type_bits >= 16 && vx.ndim >= 2 && vx.ndim <= 5 && eps >= 0);
-  expect(features == vx.shape[1] && features > 0 && vx.is_contiguous());
+  if (vx.ndim < 2 || vx.ndim > 5) return nb::none();
   int64_t count = 1;
   for (int i = 0; i < vx.ndim; ++i) count *= i == 1 ? 1 : vx.shape[i];
-  expect(count > 1 && count * features * (vx.type_bits / 8) < kPooledBytes);
+  // What is common and ends here does so without an exception: that is as dear as a small pass.
+  if (!vx.is_contiguous() || count * features * (vx.type_bits / 8) >= kPooledBytes) return nb::none();
+  expect(vx.is_float() && vx.type_bits >= 16 && features == vx.shape[1] && features > 0 && count > 1 && eps >= 0);
   parameter(seen(weight), vx);
   parameter(seen_if_any(bias), vx);
   gradient(seen(weight), features);  // which will be of that dtype
@@ -164,7 +172,7 @@ nb::object infer(nb::handle x, nb::handle weight, nb::handle bias, nb::handle re
                  int64_t features, int threads, nb::handle mean, nb::handle var, nb::handle out) try {
   Pass pass = begun(eps, activation, false);
   Call call;
-  nb::object y = prepare_forward(call, x, out, residual, weight, bias, pass, features, threads);
+  nb::object kept, y = prepare_forward(call, x, out, residual, weight, bias, pass, features, threads, kept);
   copy(statistic(seen(mean), call.C), call.C, call.mean);
   copy(statistic(seen(var), call.C), call.C, call.var);
   call.reduces = false;
@@ -178,9 +186,15 @@ nb::object differentiate(Pass& pass, nb::handle dy, nb::handle x, nb::handle wei
                          nb::handle residual, nb::tuple wanted, int threads) try {
   const auto is_wanted = [&](int i) { return nb::handle(wanted[i]).is(Py_True); };
   nb::object dx = nb::none(), dweight = nb::none(), dbias = nb::none(), dresidual = nb::none();
-  const TensorView vx = seen_operand(x), vdy = seen_operand(dy), vr = seen_operand(residual);
+  const TensorView vx = seen_operand(x), vr = seen_operand(residual);
+  TensorView vdy = seen_operand(dy), vdx, vdr;
   expect(vx.data && vdy.data);
-  TensorView vdx, vdr;
+  nb::object copied;
+  if (!lie_alike(vx, vdy)) {  // as after global pooling of channels-last activations
+    copied = empty_like(x, vx);
+    copied.attr("copy_")(dy);
+    vdy = seen(copied);
+  }
   if (is_wanted(0)) vdx = seen(dx = empty_like(x, vx));
   if (is_wanted(3)) {
     if (residual.is_none()) dresidual = nb::borrow(dy);
@@ -192,9 +206,8 @@ nb::object differentiate(Pass& pass, nb::handle dy, nb::handle x, nb::handle wei
   prepare(call, views, operands, 5, seen_if_any(weight), seen_if_any(bias), pass.activation, pass.eps, threads);
   expect(call.C == pass.channels() && call.N * call.L == pass.count);
   Parameter to_weight, to_bias;
-  // In half precision a sum is not written: that is left to the general way.
-  if (is_wanted(1)) to_weight = statistic(seen(dweight = empty_like(weight, seen(weight))), call.C);
-  if (is_wanted(2)) to_bias = statistic(seen(dbias = empty_like(bias, seen(bias))), call.C);
+  if (is_wanted(1)) to_weight = gradient(seen(dweight = empty_like(weight, seen(weight))), call.C);
+  if (is_wanted(2)) to_bias = gradient(seen(dbias = empty_like(bias, seen(bias))), call.C);
   call.mean = pass.mean();
   call.var = pass.var();
   call.count = pass.count;

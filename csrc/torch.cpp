@@ -62,4 +62,6 @@ nb::object empty_like(nb::handle tensor, const TensorView& view) {
   return called(bytes < torch.large ? torch.empty_like : torch.new_large, tensor);
 }
 
+nb::object contiguous(nb::handle tensor) { return nb::object(tensor.attr("contiguous")()); }
+
 }  // namespace batchnorm

@@ -28,4 +28,7 @@ bool is_literal(nanobind::handle tensor);
 // A new tensor like `tensor`, which `view` describes.
 nanobind::object empty_like(nanobind::handle tensor, const TensorView& view);
 
+// `tensor` itself, or its values in a new contiguous one.
+nanobind::object contiguous(nanobind::handle tensor);
+
 }  // namespace batchnorm

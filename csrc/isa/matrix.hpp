@@ -312,8 +312,7 @@ template <class T, Kind K> struct MatrixBackward {
       for (int64_t j = 0; j < columns; j += kColumnBlock) {
         const int64_t width = columns - j < kColumnBlock ? columns - j : kColumnBlock;
         add_gradient_columns<T, K>(dy.at(r, j), x.at(r, j), residual.at(r, j), rows, width, of.from(j),
-                                   call.activation, by_column + j, products + j,
-                                   is_small ? 0 : ahead_of(x, 4));
+                                   call.activation, by_column + j, products + j, is_small, ahead_of(x, 4));
       }
       gather(first, by_column, columns, grid);
       gather(second, products, columns, grid);
