@@ -186,14 +186,18 @@ nb::object differentiate(Pass& pass, nb::handle dy, nb::handle x, nb::handle wei
                          nb::handle residual, nb::tuple wanted, int threads) try {
   const auto is_wanted = [&](int i) { return nb::handle(wanted[i]).is(Py_True); };
   nb::object dx = nb::none(), dweight = nb::none(), dbias = nb::none(), dresidual = nb::none();
-  const TensorView vx = seen_operand(x), vr = seen_operand(residual);
-  TensorView vdy = seen_operand(dy), vdx, vdr;
+  const TensorView vr = seen_operand(residual);
+  TensorView vx = seen_operand(x), vdy = seen_operand(dy), vdx, vdr;
   expect(vx.data && vdy.data);
-  nb::object copied;
+  nb::object dense, like_x;
+  if (!lie_alike(vx, vx)) {
+    x = dense = contiguous(x);
+    vx = seen(x);
+  }
   if (!lie_alike(vx, vdy)) {  // as after global pooling of channels-last activations
-    copied = empty_like(x, vx);
-    copied.attr("copy_")(dy);
-    vdy = seen(copied);
+    like_x = empty_like(x, vx);
+    like_x.attr("copy_")(dy);
+    vdy = seen(like_x);
   }
   if (is_wanted(0)) vdx = seen(dx = empty_like(x, vx));
   if (is_wanted(3)) {

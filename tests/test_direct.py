@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import parametrize
 
-from batchnorm import BatchNorm1d, BatchNorm2d, batch_norm
+from batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, batch_norm
 from batchnorm.errors import ShapeError
 from batchnorm.kernels import direct, dispatch
 from batchnorm.stats.running import Running
@@ -41,12 +41,11 @@ class _Own(torch.Tensor):
 @pytest.mark.parametrize(
     "x",
     [
-        torch.randn(3, 6).t(),
         torch.complex(torch.randn(6, 3), torch.randn(6, 3)).conj().imag,
         torch.randn(6, 1).expand(6, 3),
         torch.randn(6, 3).as_subclass(_Own),
     ],
-    ids=["transposed", "negative", "expanded", "subclass"],
+    ids=["negative", "expanded", "subclass"],
 )
 def test_what_is_rare_takes_the_general_way_and_is_right(x):
     layer, twin = BatchNorm1d(3), nn.BatchNorm1d(3)
@@ -55,6 +54,45 @@ def test_what_is_rare_takes_the_general_way_and_is_right(x):
     expected = twin(x.as_subclass(torch.Tensor).contiguous().clone())
     torch.testing.assert_close(y.as_subclass(torch.Tensor), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(layer.running_var, twin.running_var)
+
+
+LAYOUTS = {
+    "rows": lambda a: a.contiguous(),
+    "channels last": lambda a: a.contiguous(memory_format=torch.channels_last) if a.ndim == 4 else a.mT.contiguous().mT,
+    "backwards": lambda a: a.permute(*reversed(range(a.ndim))).contiguous().permute(*reversed(range(a.ndim))),
+    "every second": lambda a: torch.stack([a, a], -1).flatten(-2)[..., ::2],
+    "pooled": lambda a: a.mean(-1, keepdim=True).expand_as(a),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_dy", LAYOUTS)
+@pytest.mark.parametrize("of_x", ["rows", "channels last", "backwards"])
+@pytest.mark.parametrize("shape", [(6, 3), (4, 8, 5), (2, 16, 4, 6)], ids=str)
+def test_whatever_lies_otherwise_is_laid_out_first(shape, of_x, of_dy, dtype, monkeypatch):
+    """Tokens (N, L, C) that were transposed, and gradients as they come from global pooling."""
+    x, dy = LAYOUTS[of_x](torch.randn(shape).to(dtype)), LAYOUTS[of_dy](torch.randn(shape).to(dtype))
+    x.requires_grad_()
+    layer = BatchNorm(shape[1], dtype=dtype)
+    nn.init.normal_(layer.weight)
+    found = []
+    for backend in ("auto", "reference"):
+        with monkeypatch.context() as patch:
+            if backend == "auto":
+                patch.delattr(direct, "_work")  # the general way of backward
+            dispatch.set_backend(backend)
+            try:
+                twin = copy.deepcopy(layer)
+                y = twin(x)
+                grads = torch.autograd.grad(y, [x, *twin.parameters()], dy)
+            finally:
+                dispatch.set_backend("auto")
+        assert _is_direct(y) == (backend == "auto")
+        assert y.stride() == nn.BatchNorm2d(shape[1]).to(dtype)(x).stride() if x.ndim == 4 else y.is_contiguous()
+        found.append([y, *grads, twin.running_mean, twin.running_var])
+    off = 0.02 if dtype == torch.bfloat16 else 1e-5
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=off, atol=off)
 
 
 def test_a_parametrized_weight_is_followed():
