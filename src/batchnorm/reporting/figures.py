@@ -234,10 +234,15 @@ def to_pdf(figure: Figure) -> bytes:
 
 
 def _settle(figure: Figure) -> None:
-    """Fix the layout, which would otherwise be worked out anew for each format."""
-    if figure.get_layout_engine() is not None:
-        figure.draw_without_rendering()
-        figure.set_layout_engine("none")
+    """Fix the layout, which would otherwise be worked out anew for each format.
+
+    No engine stays behind: with any, even "none", saving draws everything twice.
+    """
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        with mpl.rc_context({"figure.constrained_layout.use": False}):
+            figure.set_layout_engine(None)
 
 
 def save(figure: Figure, stem: Path, alt: str) -> None:
