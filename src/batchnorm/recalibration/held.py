@@ -61,33 +61,39 @@ class Held:
         try:
             switch()
         finally:
-            self._inside = _Modes.now()
+            self._inside = _Modes.now(self._outside)
             if self._inside != self._outside:
                 self._outside.set()
-                self.has_left_modes = _Modes.now() != self._outside
+                self.has_left_modes = _Modes.now(self._outside) != self._outside
 
 
 class _Modes(NamedTuple):
     """What torch keeps for each thread."""
 
-    records_gradients: bool
+    signs: tuple[object, ...]
+    """Whether gradients are recorded; then signs of autocast, inference mode, transforms, overrides and streams."""
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
-    others: tuple[object, ...]
-    """Signs of inference mode, transforms, overrides and streams."""
 
     @staticmethod
-    def now() -> _Modes:
-        """Asked at each stop, and so in as few calls of torch as there can be."""
-        kinds = _kinds()
-        autocast = tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
+    def now(last: _Modes | None = None) -> _Modes:
+        """Asked at each stop, and so in as few calls of torch as there can be.
+
+        Args:
+            last: what is most likely still so. Where autocast is off, and stays off, its dtype does not matter.
+        """
         keys = _C._dispatch_tls_local_include_set().raw_repr(), _C._dispatch_tls_local_exclude_set().raw_repr()
         stacks = _C._len_torch_function_stack(), _C._len_torch_dispatch_stack()
         stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        return _Modes(torch.is_grad_enabled(), autocast, (keys, stacks, stream))
+        signs = torch.is_grad_enabled(), keys, stacks, stream
+        if last is not None and signs == last.signs and not any(is_enabled for _, is_enabled, _ in last.autocast):
+            return last
+        kinds = _kinds()
+        autocast = tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
+        return _Modes(signs, autocast)
 
     def set(self) -> None:
         """Switches to these; the others are left as they are."""
-        _C._set_grad_enabled(self.records_gradients)
+        _C._set_grad_enabled(bool(self.signs[0]))
         for kind, is_enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, is_enabled)
             torch.set_autocast_dtype(kind, dtype)
