@@ -60,19 +60,20 @@ struct RunningStatistics {
   }
 };
 
-// The output, after everything but the statistics of the call is in place. `kept` holds what the call reads besides its tensors.
+// The output, after everything but the statistics of the call is in place.
 nb::object prepare_forward(Call& call, nb::handle x, nb::handle out, nb::handle residual, nb::handle weight,
-                           nb::handle bias, Pass& pass, int64_t features, int threads, nb::object& kept) {
+                           nb::handle bias, Pass& pass, int64_t features, int threads) {
   TensorView vx = seen_operand(x);
   const TensorView vr = seen_operand(residual);
   expect(vx.is_float() && vx.ndim >= 2 && (features < 0 || features == vx.shape[1]));
   nb::object y = out.is_none() ? empty_like(x, vx) : nb::borrow(out);
   TensorView vy = out.is_none() ? seen(y) : seen_operand(y);
-  if (out.is_none() && !has_memory_format(vy)) {  // as tokens (N, L, C) that were transposed
-    kept = contiguous(x);
-    vx = seen(kept);
-    y = empty_like(kept, vx);
-    vy = seen(y);
+  if (out.is_none() && !(has_memory_format(vy) && lie_alike(vx, vy))) {
+    // As tokens (N, L, C) that were transposed, or a part of each row: the output is made of a copy, in place.
+    const nb::object values = x.attr("detach")();
+    if (has_memory_format(vy)) y.attr("copy_")(values);
+    else y = contiguous(values);
+    vx = vy = seen(y);
   }
   expect(has_memory_format(vy));
   const TensorView* const views[] = {&vx, &vy, &vr};
@@ -118,7 +119,7 @@ nb::object train(nb::handle x, nb::handle weight, nb::handle bias, nb::handle re
                  nb::handle running_var, nb::handle tracked, double momentum) try {
   Pass pass = begun(eps, activation, true);
   Call call;
-  nb::object kept, y = prepare_forward(call, x, nb::none(), residual, weight, bias, pass, features, threads, kept);
+  nb::object y = prepare_forward(call, x, nb::none(), residual, weight, bias, pass, features, threads);
   expect(call.count > 1);
   Parameter to_mean, to_var;
   if (!mean.is_none()) {
@@ -172,7 +173,7 @@ nb::object infer(nb::handle x, nb::handle weight, nb::handle bias, nb::handle re
                  int64_t features, int threads, nb::handle mean, nb::handle var, nb::handle out) try {
   Pass pass = begun(eps, activation, false);
   Call call;
-  nb::object kept, y = prepare_forward(call, x, out, residual, weight, bias, pass, features, threads, kept);
+  nb::object y = prepare_forward(call, x, out, residual, weight, bias, pass, features, threads);
   copy(statistic(seen(mean), call.C), call.C, call.mean);
   copy(statistic(seen(var), call.C), call.C, call.var);
   call.reduces = false;

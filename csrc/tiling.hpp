@@ -78,6 +78,13 @@ inline int64_t runs_together(int64_t runs, int64_t length, int64_t value_bytes, 
   return together > 0 ? together : unit;
 }
 
+// Channels that make a piece of work where each is worked on in one go: several small ones, as each piece has its price.
+inline int64_t channels_together(int64_t channels, int64_t channel_bytes, int threads) {
+  const int64_t most = kMapBytes / 4 / channel_bytes, fair = channels / (4 * threads);
+  const int64_t together = most < fair ? most : fair;
+  return together > 0 ? together : 1;
+}
+
 // Parts that the statistics of a matrix are taken in.
 inline int64_t parts_of(int64_t rows, int64_t bytes, int threads) {
   int64_t parts = bytes / (2 * kBytesPerThread);

@@ -36,10 +36,6 @@ template <class A> inline double sum_dz_xhat(double mean, double inverse_std, do
   const double rest = static_cast<double>(static_cast<A>(mean)) - mean;
   return (second + rest * first) * inverse_std;
 }
-template <class A> inline void write_sums(const Call& call, int64_t c, double first, double second) {
-  call.sum_dz[c] = first;
-  call.sum_dz_xhat[c] = sum_dz_xhat<A>(call.mean[c], inverse_std(call, c), first, second);
-}
 
 // Adds what dx owes to mean and variance: dx = weight * inv_std * (dz - (sum_dz + x_hat * sum_dz_xhat) / count).
 template <class A>
@@ -51,16 +47,28 @@ inline void answer_to_statistics(Coefficients<A>& of, double mean, double weight
   of.constant = static_cast<A>(share * dz + rest * by_x);
 }
 inline bool answers_to_statistics(const Call& call) { return call.is_estimated && call.count > 0; }
-template <class A> inline void answer_to_statistics(const Call& call, int64_t c, Coefficients<A>& of) {
-  if (!answers_to_statistics(call)) return;
-  answer_to_statistics(of, call.mean[c], read(call.weight, c, 1), inverse_std(call, c), call.sum_dz[c],
-                       call.sum_dz_xhat[c], 1 / static_cast<double>(call.count));
-}
 
-// The same of neighbouring channels, in loops that are vector code: four square roots and divisions a channel, one after
+// Memory cut from one piece, 64-byte aligned.
+class Cutter {
+ public:
+  explicit Cutter(void* data) : at_(static_cast<char*>(data)) {}
+  template <class T> T* cut(int64_t number) {
+    T* out = reinterpret_cast<T*>(at_);
+    at_ += (static_cast<size_t>(number) * sizeof(T) + 63) / 64 * 64;
+    return out;
+  }
+ private:
+  char* at_;
+};
+
+// Of neighbouring channels what their coefficients are made of, in loops that are vector code: four square roots and divisions a channel, one after
 // the other, took half of the backward pass of 64x256.
 struct ChannelValues {
   double *weight = nullptr, *bias = nullptr, *inverse_std = nullptr;
+
+  ChannelValues() = default;
+  ChannelValues(Cutter& from, int64_t channels)
+      : weight(from.cut<double>(channels)), bias(from.cut<double>(channels)), inverse_std(from.cut<double>(channels)) {}
 
   void load(const Call& call, int64_t first, int64_t number) const {
     read(call.weight, first, number, 1, weight);

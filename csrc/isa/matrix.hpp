@@ -69,29 +69,10 @@ template <class T> inline void clear(T* values, int64_t number) {
   memset(values, 0, static_cast<size_t>(number) * sizeof(T));
 }
 
-// Memory cut from one piece, 64-byte aligned.
-class Cutter {
- public:
-  explicit Cutter(void* data) : at_(static_cast<char*>(data)) {}
-  template <class T> T* cut(int64_t number) {
-    T* out = reinterpret_cast<T*>(at_);
-    at_ += (static_cast<size_t>(number) * sizeof(T) + 63) / 64 * 64;
-    return out;
-  }
- private:
-  char* at_;
-};
-
 template <class A> inline ColumnCoefficients<A> cut_coefficients(Cutter& from, int64_t columns) {
   ColumnCoefficients<A> of;
   for (A** array : {&of.mean, &of.scale, &of.shift, &of.by_x, &of.constant}) *array = from.cut<A>(padded(columns));
   return of;
-}
-
-inline ChannelValues cut_channels(Cutter& from, int64_t channels) {
-  ChannelValues out;
-  for (double** array : {&out.weight, &out.bias, &out.inverse_std}) *array = from.cut<double>(channels);
-  return out;
 }
 
 // By column, for the channels of the grid; with the `answers` to the statistics once the sums are known that these need.
@@ -393,7 +374,7 @@ template <class Pass> class MatrixRun {
     }
     Cutter room(scratch(Arena::call, call_bytes()));
     of_ = cut_coefficients<A>(room, whole_.columns);
-    channels_ = cut_channels(room, call_.C);
+    channels_ = ChannelValues(room, call_.C);
     first_ = room.cut<double>(parts_ * call_.C);
     second_ = room.cut<double>(parts_ * call_.C);
     counts_ = room.cut<double>(parts_);
@@ -459,7 +440,7 @@ template <class Pass> class MatrixRun {
                        static_cast<size_t>(grid.channels) * (40 + 5 * sizeof(A)) + 2048;
     Cutter room(scratch(Arena::task, own + Pass::task_bytes(grid)));
     const ColumnCoefficients<A> of = cut_coefficients<A>(room, grid.columns);
-    const ChannelValues channels = cut_channels(room, grid.channels);
+    const ChannelValues channels(room, grid.channels);
     double *first = room.cut<double>(grid.channels), *second = room.cut<double>(grid.channels);
     if (Pass::kIsBackward) {
       channels.load(call, grid.first_channel, grid.channels);

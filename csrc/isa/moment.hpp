@@ -29,6 +29,10 @@ struct Moment {
 
   void merge(const Moment& other) {
     if (other.count == 0) return;
+    if (count == 0) {
+      *this = other;
+      return;
+    }
     const double all = count + other.count, share = other.count / all, gap = other.mean - mean;
     mean += gap * share;
     m2 += other.m2 + gap * gap * count * share;

@@ -54,9 +54,11 @@ inline bool is_dense(const Operand& operand, const Call& call) {
 
 template <class T, Kind K> struct PlanarForward {
   using A = Arithmetic<T>;
+  static constexpr bool kIsBackward = false;
   using Partial = Moment;
   const Call& call;
   Coefficients<A>* of;  // by channel
+  ChannelValues channels;  // none: their statistics are not known yet
   bool stream;
   bool fetches;  // the output of a channel's next run
 
@@ -142,6 +144,7 @@ template <class T, Kind K> struct PlanarForward {
 
 template <class T, Kind K> struct PlanarBackward {
   using A = Arithmetic<T>;
+  static constexpr bool kIsBackward = true;
   struct Partial {
     double first = 0, second = 0;
     void merge(const Partial& other) {
@@ -151,12 +154,13 @@ template <class T, Kind K> struct PlanarBackward {
   };
   const Call& call;
   Coefficients<A>* of;
+  ChannelValues channels;
   bool stream;
   bool fetches;  // the output of a channel's next run
 
   Partial reduce(const Piece& piece) const {
     Partial whole;
-    const Coefficients<A> mine = coefficients<A>(call, piece.c);
+    const Coefficients<A> mine = without_answer(piece.c);
     const int64_t run = piece.l1 - piece.l0;
     const int64_t rows = run < kBlockValues ? kBlockValues / run : 1;
     for (int64_t n = piece.n0; n < piece.n1; n += rows) {
@@ -178,10 +182,18 @@ template <class T, Kind K> struct PlanarBackward {
     else add_gradients<T, K, false>(sums, dy, x, nullptr, length, mine, call.activation);
   }
 
-  void finish(int64_t c, const Partial& sums) const { write_sums<A>(call, c, sums.first, sums.second); }
+  void finish(int64_t c, const Partial& sums) const {
+    call.sum_dz[c] = sums.first;
+    call.sum_dz_xhat[c] = sum_dz_xhat<A>(call.mean[c], channels.inverse_std[c], sums.first, sums.second);
+  }
   void prepare(int64_t c) const {
-    of[c] = coefficients<A>(call, c);
-    answer_to_statistics(call, c, of[c]);
+    of[c] = without_answer(c);
+    if (answers_to_statistics(call))
+      answer_to_statistics(of[c], call.mean[c], channels.weight[c], channels.inverse_std[c], call.sum_dz[c],
+                           call.sum_dz_xhat[c], inverse_count_);
+  }
+  Coefficients<A> without_answer(int64_t c) const {
+    return coefficients<A>(call.mean[c], channels.weight[c], channels.bias[c], channels.inverse_std[c]);
   }
 
   void map(const Piece& piece, int64_t ahead) const {
@@ -199,19 +211,24 @@ template <class T, Kind K> struct PlanarBackward {
   void map_runs(int64_t r, int64_t end) const {
     for (; r < end; ++r) map({r % call.C, r / call.C, r / call.C + 1, 0, call.L}, 0);
   }
+
+  const double inverse_count_ = 1 / static_cast<double>(call.count);
 };
 
 template <class Pass> class PlanarRun {
  public:
-  PlanarRun(const Pass& pass, int tensors)
-      : pass_(pass), call_(pass.call), pieces_(pass.call),
+  using Partial = typename Pass::Partial;
+
+  PlanarRun(const Pass& pass, Partial* partials, int tensors)
+      : pass_(pass), call_(pass.call), pieces_(pass.call), partials_(partials),
         channel_bytes_(call_.N * call_.L * bytes_of(call_.dtype) * tensors) {}
 
   void operator()() {
     const int threads = useful_threads(call_.threads, channel_bytes_ * call_.C);
     const bool shares_evenly = call_.C % threads == 0 || call_.C >= 8 * threads;
     if (call_.reduces && call_.maps && shares_evenly && channel_bytes_ <= most_channel_bytes(threads)) {
-      run_tasks(call_.C, threads, whole_channel, this);
+      together_ = channels_together(call_.C, channel_bytes_, threads);
+      run_tasks((call_.C + together_ - 1) / together_, threads, whole_channels, this);
       return;
     }
     if (call_.reduces) reduce(threads);
@@ -226,14 +243,18 @@ template <class Pass> class PlanarRun {
   }
 
  private:
-  using Partial = typename Pass::Partial;
-
-  static void whole_channel(void* self, int64_t c, int64_t next) {
-    const Pass& pass = static_cast<PlanarRun*>(self)->pass_;
-    const Piece piece{c, 0, pass.call.N, 0, pass.call.L};
-    pass.finish(c, pass.reduce(piece));
-    pass.prepare(c);
-    pass.map(piece, next < 0 ? 0 : (next - c) * pass.call.x.stride_c);
+  static void whole_channels(void* self, int64_t i, int64_t next) {
+    const PlanarRun& run = *static_cast<PlanarRun*>(self);
+    const Pass& pass = run.pass_;
+    const Call& call = run.call_;
+    const int64_t end = (i + 1) * run.together_ < call.C ? (i + 1) * run.together_ : call.C;
+    for (int64_t c = i * run.together_; c < end; ++c) {
+      const Piece piece{c, 0, call.N, 0, call.L};
+      const int64_t then = c + 1 < end ? c + 1 : next * run.together_;
+      pass.finish(c, pass.reduce(piece));
+      pass.prepare(c);
+      pass.map(piece, then < 0 ? 0 : (then - c) * call.x.stride_c);
+    }
     if (pass.stream) finish_streams();
   }
   static void reduce_piece(void* self, int64_t i, int64_t) {
@@ -262,8 +283,6 @@ template <class Pass> class PlanarRun {
   }
 
   void reduce(int threads) {
-    // Behind the coefficients of the channels, in the same arena.
-    partials_ = reinterpret_cast<Partial*>(pass_.of + call_.C);
     run_tasks(pieces_.number(), threads, reduce_piece, this);
     for (int64_t c = 0; c < call_.C; ++c) {
       Partial whole;
@@ -276,18 +295,26 @@ template <class Pass> class PlanarRun {
   Pass pass_;
   const Call& call_;
   Pieces pieces_;
-  int64_t channel_bytes_, together_ = 1;
-  Partial* partials_ = nullptr;
+  Partial* partials_;  // by piece
+  int64_t channel_bytes_;
+  int64_t together_ = 1;  // channels, or runs, of a task
 };
 
 template <class Pass> inline void run_planar(const Call& call, int tensors, bool stream) {
-  using A = typename Pass::A;
-  const size_t bytes = static_cast<size_t>(call.C) * sizeof(Coefficients<A>) +
-                       static_cast<size_t>(Pieces(call).number()) * sizeof(typename Pass::Partial);
-  auto* of = static_cast<Coefficients<A>*>(scratch(Arena::call, bytes + 64));
+  using Of = Coefficients<typename Pass::A>;
+  using Partial = typename Pass::Partial;
+  const int64_t pieces = Pieces(call).number();
+  const size_t bytes = static_cast<size_t>(call.C) * (sizeof(Of) + 24) + static_cast<size_t>(pieces) * sizeof(Partial);
+  Cutter room(scratch(Arena::call, bytes + 512));
+  Of* of = room.cut<Of>(call.C);
+  ChannelValues channels;
+  if (Pass::kIsBackward) {
+    channels = ChannelValues(room, call.C);
+    channels.load(call, 0, call.C);
+  }
   const int64_t values = call.C * call.N * call.L, size = bytes_of(call.dtype);
   const bool fetches = !stream && fetches_output(call.L * size, values * size * (tensors + 1), call.threads);
-  PlanarRun<Pass>(Pass{call, of, stream, fetches}, tensors)();
+  PlanarRun<Pass>(Pass{call, of, channels, stream, fetches}, room.cut<Partial>(pieces), tensors)();
 }
 
 }  // namespace BATCHNORM_ISA

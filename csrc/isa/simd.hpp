@@ -226,10 +226,14 @@ template <class A> inline typename Register<A>::Mask lanes_of(const uint8_t* mas
   return __builtin_convertvector(bytes, typename Register<A>::Mask) != 0;
 }
 
+// In pairs, as one sum would wait for its own last addition.
 template <class V> inline double total(V v) {
-  double sum = 0;
-  for (unsigned i = 0; i < sizeof v / sizeof v[0]; ++i) sum += v[i];
-  return sum;
+  constexpr int number = sizeof v / sizeof v[0];
+  double sums[number];
+  for (int i = 0; i < number; ++i) sums[i] = v[i];
+  for (int left = number / 2; left; left /= 2)
+    for (int i = 0; i < left; ++i) sums[i] += sums[i + left];
+  return sums[0];
 }
 
 }  // namespace BATCHNORM_ISA
