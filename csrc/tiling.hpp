@@ -16,9 +16,6 @@ constexpr int64_t kBlockRows = 256;
 constexpr int64_t kShiftValues = 8;
 // Columns that are worked on together: their coefficients and sums stay in the first-level cache.
 constexpr int64_t kColumnBlock = 1024;
-// Runs of one channel that are worked on as columns of a matrix: shorter than 512 values, and, from 128 on, where a column
-// has rows enough for what is set up for it. (Zen 4: 2x256x14x14 as runs forward in 0.45 of the time, 8x256x16x16 in 0.7.)
-inline bool is_short(int64_t run, int64_t rows) { return run < 512 && (run < 128 || rows * 32 > run); }
 // Where there is one pass only, and stores go through the caches, runs from this length on are worked on as they lie.
 constexpr int64_t kShortestRun = 32;
 // Values of one channel that make a piece of work, where a channel has too many for one.
@@ -59,6 +56,13 @@ inline bool fetches_output(int64_t run_bytes, int64_t bytes_read_and_written, in
 
 // Whether what is read, and as much that is written, lies in the threads' second-level caches as a rule.
 inline bool is_small(int64_t bytes_read, int threads) { return bytes_read <= level2_bytes() / 2 * threads; }
+
+// Whether runs of one channel are worked on as columns of a matrix: those shorter than 512 values; from 128 on only where the
+// tensor is larger than the second-level caches (Zen 4, two threads: as runs 32x64x16x16 takes 0.7 of the time, but
+// 64x256x14x14 1.6), and a column has rows enough for what is set up for it (2x256x14x14 as runs: 0.45).
+inline bool is_short(int64_t run, int64_t rows, int64_t tensor_bytes, int threads) {
+  return run < 128 || (run < 512 && rows * 32 > run && tensor_bytes > level2_bytes() * threads);
+}
 
 inline int64_t bytes_of(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;

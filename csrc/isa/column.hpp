@@ -15,14 +15,6 @@ template <class A> struct ColumnCoefficients {
   }
 };
 
-// A matrix of `rows` x `columns`; each operand has a pitch (distance of rows, in values) of its own.
-template <class T> struct Matrix {
-  T* data = nullptr;
-  int64_t pitch = 0;
-  T* row(int64_t r) const { return data ? data + r * pitch : nullptr; }
-  Matrix at(int64_t r, int64_t column) const { return {data ? data + r * pitch + column : nullptr, pitch}; }
-};
-
 template <class F> inline void over_columns(int64_t columns, int64_t lanes, F f) {
   int64_t j = 0;
   for (; j + lanes <= columns; j += lanes) f(j, Whole{});

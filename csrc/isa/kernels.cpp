@@ -10,17 +10,17 @@ namespace avx512 { extern const Kernels kernels; }
 namespace BATCHNORM_ISA {
 namespace {
 
+int64_t tensor_bytes(const Call& call) { return call.N * call.C * call.L * bytes_of(call.dtype); }
+
 // Short runs go as columns of a matrix, if neighbouring channels are neighbours in memory.
 bool is_matrix(const Call& call) {
   if (call.layout == Layout::channels_last) return true;
-  if (!is_short(call.L, call.N) || call.mask) return false;
+  if (!is_short(call.L, call.N, tensor_bytes(call), call.threads) || call.mask) return false;
   if (!call.reduces && call.L >= kShortestRun) return false;
   for (const Operand* operand : {&call.x, &call.residual, &call.y, &call.dy, &call.dx, &call.dresidual})
     if (operand->data && operand->stride_c != call.L) return false;
   return true;
 }
-
-int64_t tensor_bytes(const Call& call) { return call.N * call.C * call.L * bytes_of(call.dtype); }
 
 template <class T, Kind K> void forward_as(const Call& call) {
   const int moved = 2 + (call.residual.data != nullptr);

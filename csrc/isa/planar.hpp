@@ -39,12 +39,13 @@ struct Pieces {
   }
 };
 
-template <class T> inline T* at(const Operand& operand, int64_t n, int64_t c, int64_t l) {
-  if (!operand.data) return nullptr;
-  return static_cast<T*>(operand.data) + n * operand.stride_n + c * operand.stride_c + l;
+// The runs of a channel from sample n and position l on.
+template <class T> inline Matrix<T> at(const Operand& operand, int64_t n, int64_t c, int64_t l) {
+  if (!operand.data) return {};
+  return {static_cast<T*>(operand.data) + n * operand.stride_n + c * operand.stride_c + l, operand.stride_n};
 }
-inline const uint8_t* mask_at(const Call& call, int64_t n, int64_t l) {
-  return call.mask ? call.mask + n * call.L + l : nullptr;
+inline Matrix<const uint8_t> mask_at(const Call& call, int64_t n, int64_t l) {
+  return {call.mask ? call.mask + n * call.L + l : nullptr, call.L};
 }
 
 // Whether the runs of an operand lie side by side.
@@ -84,14 +85,14 @@ template <class T, Kind K> struct PlanarForward {
     Sums<A> sums;
     int64_t count = 0;
     const int64_t run = block.l1 - block.l0;
-    for (int64_t n = block.n0; n < block.n1; ++n) {
-      const T* x = at<const T>(call.x, n, block.c, block.l0);
-      if (call.mask) {
-        count += add_masked_values(sums, x, mask_at(call, n, block.l0), run, shift);
-      } else {
-        add_values(sums, x, run, shift);
-        count += run;
-      }
+    const int64_t rows = block.n1 - block.n0;
+    const Matrix<const T> x = at<const T>(call.x, block.n0, block.c, block.l0);
+    if (call.mask) {
+      const Matrix<const uint8_t> mask = mask_at(call, block.n0, block.l0);
+      for (int64_t r = 0; r < rows; ++r) count += add_masked_values(sums, x.row(r), mask.row(r), run, shift);
+    } else {
+      add_values(sums, x, rows, run, shift);
+      count = rows * run;
     }
     return Moment::of_sums(static_cast<double>(count), shift, sums.first_total(), sums.second_total());
   }
@@ -101,8 +102,8 @@ template <class T, Kind K> struct PlanarForward {
     double sum = 0;
     int64_t count = 0;
     for (int64_t n = piece.n0; n < piece.n1 && count < 16; ++n) {
-      const T* x = at<const T>(call.x, n, piece.c, 0);
-      const uint8_t* mask = mask_at(call, n, 0);
+      const T* x = at<const T>(call.x, n, piece.c, 0).data;
+      const uint8_t* mask = mask_at(call, n, 0).data;
       for (int64_t l = piece.l0; l < piece.l1 && count < 16; ++l) {
         if (mask && !mask[l]) continue;
         sum += Storage<T>::widen(x[l]);
@@ -120,20 +121,17 @@ template <class T, Kind K> struct PlanarForward {
 
   // `ahead`: where the values are that come next, counted from these, or 0.
   void map(const Piece& piece, int64_t ahead) const {
-    for (int64_t n = piece.n0; n < piece.n1; ++n) {
-      const T* x = at<const T>(call.x, n, piece.c, piece.l0);
-      apply_run<T, K>(at<T>(call.y, n, piece.c, piece.l0), x, at<const T>(call.residual, n, piece.c, piece.l0),
-                      piece.l1 - piece.l0, of[piece.c], call.activation, stream, ahead ? x + ahead : nullptr,
-                      fetches && n + 1 < piece.n1 ? call.y.stride_n : 0);
-    }
+    const auto [c, n, end, l, l1] = piece;
+    apply_rows<T, K>(at<T>(call.y, n, c, l), at<const T>(call.x, n, c, l), at<const T>(call.residual, n, c, l), end - n,
+                     l1 - l, of[c], call.activation, stream, ahead, fetches);
   }
 
   // Runs r .. end of all runs of the tensor.
   void map_runs(int64_t r, int64_t end) const {
     const int64_t n = r / call.C, c = r % call.C;
     if (are_dense_ && call.L >= kLanes<A>) {
-      apply_runs<T, K>(at<T>(call.y, n, c, 0), at<const T>(call.x, n, c, 0), at<const T>(call.residual, n, c, 0),
-                       end - r, call.L, c, call.C, of, call.activation, stream);
+      apply_runs<T, K>(at<T>(call.y, n, c, 0).data, at<const T>(call.x, n, c, 0).data,
+                       at<const T>(call.residual, n, c, 0).data, end - r, call.L, c, call.C, of, call.activation, stream);
       return;
     }
     for (; r < end; ++r) map({r % call.C, r / call.C, r / call.C + 1, 0, call.L}, 0);
@@ -168,18 +166,19 @@ template <class T, Kind K> struct PlanarBackward {
       for (int64_t l = piece.l0; l < piece.l1; l += kBlockValues) {
         Sums<A> sums;
         const int64_t length = piece.l1 - l < kBlockValues ? piece.l1 - l : kBlockValues;
-        for (int64_t m = n; m < end; ++m) add_run(sums, m, piece.c, l, length, mine);
+        add(sums, n, end - n, piece.c, l, length, mine);
         whole.merge({sums.first_total(), sums.second_total()});
       }
     }
     return whole;
   }
 
-  void add_run(Sums<A>& sums, int64_t n, int64_t c, int64_t l, int64_t length, const Coefficients<A>& mine) const {
-    const T *dy = at<const T>(call.dy, n, c, l), *x = at<const T>(call.x, n, c, l);
-    const T* residual = at<const T>(call.residual, n, c, l);
-    if (residual) add_gradients<T, K, true>(sums, dy, x, residual, length, mine, call.activation);
-    else add_gradients<T, K, false>(sums, dy, x, nullptr, length, mine, call.activation);
+  void add(Sums<A>& sums, int64_t n, int64_t rows, int64_t c, int64_t l, int64_t length,
+           const Coefficients<A>& mine) const {
+    const Matrix<const T> dy = at<const T>(call.dy, n, c, l), x = at<const T>(call.x, n, c, l);
+    const Matrix<const T> residual = at<const T>(call.residual, n, c, l);
+    if (residual.data) add_gradients<T, K, true>(sums, dy, x, residual, rows, length, mine, call.activation);
+    else add_gradients<T, K, false>(sums, dy, x, {}, rows, length, mine, call.activation);
   }
 
   void finish(int64_t c, const Partial& sums) const {
@@ -197,15 +196,10 @@ template <class T, Kind K> struct PlanarBackward {
   }
 
   void map(const Piece& piece, int64_t ahead) const {
-    for (int64_t n = piece.n0; n < piece.n1; ++n) {
-      const bool fetches_next = fetches && n + 1 < piece.n1;
-      gradient_run<T, K>(at<T>(call.dx, n, piece.c, piece.l0), at<T>(call.dresidual, n, piece.c, piece.l0),
-                         at<const T>(call.dy, n, piece.c, piece.l0), at<const T>(call.x, n, piece.c, piece.l0),
-                         at<const T>(call.residual, n, piece.c, piece.l0), mask_at(call, n, piece.l0),
-                         piece.l1 - piece.l0, of[piece.c], call.activation, call.is_estimated, stream, ahead,
-                         fetches_next && call.dx.data ? call.dx.stride_n : 0,
-                         fetches_next && call.dresidual.data ? call.dresidual.stride_n : 0);
-    }
+    const auto [c, n, end, l, l1] = piece;
+    gradient_rows<T, K>(at<T>(call.dx, n, c, l), at<T>(call.dresidual, n, c, l), at<const T>(call.dy, n, c, l),
+                        at<const T>(call.x, n, c, l), at<const T>(call.residual, n, c, l), mask_at(call, n, l), end - n,
+                        l1 - l, of[c], call.activation, call.is_estimated, stream, ahead, fetches);
   }
 
   void map_runs(int64_t r, int64_t end) const {

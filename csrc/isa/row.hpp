@@ -1,4 +1,4 @@
-// Kernels on one run of values of one channel, side by side in memory.
+// Kernels on the runs of one channel, whose values lie side by side in memory.
 #pragma once
 
 #include "activation.hpp"
@@ -47,6 +47,14 @@ template <class T, class F> inline void over_run(const T* out, int64_t n, bool s
   if (i < n) f(i, Part{n - i});
 }
 
+// Rows of values; each operand has a pitch (distance of rows, in values) of its own.
+template <class T> struct Matrix {
+  T* data = nullptr;
+  int64_t pitch = 0;
+  T* row(int64_t r) const { return data ? data + r * pitch : nullptr; }
+  Matrix at(int64_t r, int64_t column) const { return {data ? data + r * pitch + column : nullptr, pitch}; }
+};
+
 // What is done to the values of one channel.
 template <class A> struct alignas(8) Coefficients {
   A mean;   // rounded to A
@@ -64,8 +72,9 @@ template <class A> struct Sums {
   double second_total() const { return total(aa + bb + cc + dd); }
 };
 
-// Adds x - shift and its square.
-template <class T> inline void add_values(Sums<Arithmetic<T>>& sums, const T* x, int64_t n, Arithmetic<T> shift) {
+// Adds x - shift and its square, for `rows` runs of n values.
+template <class T>
+inline void add_values(Sums<Arithmetic<T>>& sums, Matrix<const T> runs, int64_t rows, int64_t n, Arithmetic<T> shift) {
   using A = Arithmetic<T>;
   constexpr int64_t lanes = kLanes<A>;
   const Vector<A> about = broadcast(shift);
@@ -74,17 +83,20 @@ template <class T> inline void add_values(Sums<Arithmetic<T>>& sums, const T* x,
     first += d;
     second += d * d;
   };
-  int64_t i = 0;
-  for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    add(s.a, s.aa, Storage<T>::load(x + i) - about);
-    add(s.b, s.bb, Storage<T>::load(x + i + lanes) - about);
-    add(s.c, s.cc, Storage<T>::load(x + i + 2 * lanes) - about);
-    add(s.d, s.dd, Storage<T>::load(x + i + 3 * lanes) - about);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* x = runs.row(r);
+    int64_t i = 0;
+    for (; i + 4 * lanes <= n; i += 4 * lanes) {
+      add(s.a, s.aa, Storage<T>::load(x + i) - about);
+      add(s.b, s.bb, Storage<T>::load(x + i + lanes) - about);
+      add(s.c, s.cc, Storage<T>::load(x + i + 2 * lanes) - about);
+      add(s.d, s.dd, Storage<T>::load(x + i + 3 * lanes) - about);
+    }
+    if (i + lanes <= n) add(s.a, s.aa, Storage<T>::load(x + i) - about), i += lanes;
+    if (i + lanes <= n) add(s.b, s.bb, Storage<T>::load(x + i) - about), i += lanes;
+    if (i + lanes <= n) add(s.c, s.cc, Storage<T>::load(x + i) - about), i += lanes;
+    if (i < n) add(s.d, s.dd, first_lanes<A>(n - i) ? load_part(x + i, n - i) - about : Vector<A>{});
   }
-  if (i + lanes <= n) add(s.a, s.aa, Storage<T>::load(x + i) - about), i += lanes;
-  if (i + lanes <= n) add(s.b, s.bb, Storage<T>::load(x + i) - about), i += lanes;
-  if (i + lanes <= n) add(s.c, s.cc, Storage<T>::load(x + i) - about), i += lanes;
-  if (i < n) add(s.d, s.dd, first_lanes<A>(n - i) ? load_part(x + i, n - i) - about : Vector<A>{});
   sums = s;
 }
 
@@ -104,26 +116,32 @@ inline int64_t add_masked_values(Sums<Arithmetic<T>>& sums, const T* x, const ui
   return static_cast<int64_t>(total(counted));
 }
 
-// y = activation((x - mean) * scale + shift + residual). `ahead`: the run that is read next, or null; `fetch`: how far on
-// (values) the output lies that is written next, or 0.
+// y = activation((x - mean) * scale + shift + residual), for `rows` runs of n values. `ahead` (values): how far on the runs
+// lie that are read next, or 0. `fetches`: whether the output of the next row is fetched.
 template <class T, Kind K>
-inline void apply_run(T* y, const T* x, const T* residual, int64_t n, const Coefficients<Arithmetic<T>>& of,
-                      Activation which, bool stream, const T* ahead, int64_t fetch) {
+inline void apply_rows(Matrix<T> y, Matrix<const T> x, Matrix<const T> residual, int64_t rows, int64_t n,
+                       const Coefficients<Arithmetic<T>>& of, Activation which, bool stream, int64_t ahead,
+                       bool fetches) {
   using V = Vector<Arithmetic<T>>;
   const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
-  auto run = [&](auto has_residual, auto prefetches, auto fetches) {
-    over_run(y, n, stream, [&](int64_t i, auto how) {
-      if constexpr (prefetches.value) prefetch(ahead + i);
-      if constexpr (fetches.value) prefetch(y + fetch + i);
-      V z = (take(x + i, how) - mean) * scale + shift;
-      if constexpr (has_residual.value) z += take(residual + i, how);
-      put(y + i, activate<K>(z, which), how);
-    });
+  auto run = [&](auto has_residual, auto prefetches, auto fetching) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T *px = x.row(r), *pr = residual.row(r);
+      T* py = y.row(r);
+      const int64_t next = r + 1 < rows ? y.pitch : 0;
+      over_run(py, n, stream, [&](int64_t i, auto how) {
+        if constexpr (prefetches.value) prefetch(px + ahead + i);
+        if constexpr (fetching.value) prefetch(py + next + i);
+        V z = (take(px + i, how) - mean) * scale + shift;
+        if constexpr (has_residual.value) z += take(pr + i, how);
+        put(py + i, activate<K>(z, which), how);
+      });
+    }
   };
   auto read = [&](auto has_residual, auto prefetches) {
-    fetch ? run(has_residual, prefetches, Yes{}) : run(has_residual, prefetches, No{});
+    fetches ? run(has_residual, prefetches, Yes{}) : run(has_residual, prefetches, No{});
   };
-  if (residual) ahead ? read(Yes{}, Yes{}) : read(Yes{}, No{});
+  if (residual.data) ahead ? read(Yes{}, Yes{}) : read(Yes{}, No{});
   else ahead ? read(No{}, Yes{}) : read(No{}, No{});
 }
 
@@ -167,83 +185,95 @@ inline void apply_runs(T* y, const T* x, const T* residual, int64_t runs, int64_
   else stream ? run(No{}, Streamed{}) : run(No{}, Whole{});
 }
 
-// Adds dz and dz * (x - mean).
+// Adds dz and dz * (x - mean), for `rows` runs of n values.
 template <class T, Kind K, bool HasResidual>
-inline void add_gradients(Sums<Arithmetic<T>>& sums, const T* dy, const T* x, const T* residual, int64_t n,
-                          const Coefficients<Arithmetic<T>>& of, Activation which) {
+inline void add_gradients(Sums<Arithmetic<T>>& sums, Matrix<const T> dy, Matrix<const T> x, Matrix<const T> residual,
+                          int64_t rows, int64_t n, const Coefficients<Arithmetic<T>>& of, Activation which) {
   using A = Arithmetic<T>;
   using V = Vector<A>;
   constexpr int64_t lanes = kLanes<A>;
   const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
   Sums<A> s = sums;  // in registers
-  auto add = [&](V& first, V& second, int64_t i, auto how) {
-    const V d = take(x + i, how) - mean;
-    V dz = take(dy + i, how);  // lanes beyond the end are 0, and add nothing
-    if constexpr (K != Kind::none) {
-      V z = d * scale + shift;
-      if constexpr (HasResidual) z += take(residual + i, how);
-      dz = before_activation<K>(dz, z, which);
+  for (int64_t r = 0; r < rows; ++r) {
+    const T *pdy = dy.row(r), *px = x.row(r), *pr = residual.row(r);
+    auto add = [&](V& first, V& second, int64_t i, auto how) {
+      const V d = take(px + i, how) - mean;
+      V dz = take(pdy + i, how);  // lanes beyond the end are 0, and add nothing
+      if constexpr (K != Kind::none) {
+        V z = d * scale + shift;
+        if constexpr (HasResidual) z += take(pr + i, how);
+        dz = before_activation<K>(dz, z, which);
+      }
+      first += dz;
+      second += dz * d;
+    };
+    int64_t i = 0;
+    for (; i + 4 * lanes <= n; i += 4 * lanes) {
+      add(s.a, s.aa, i, Whole{});
+      add(s.b, s.bb, i + lanes, Whole{});
+      add(s.c, s.cc, i + 2 * lanes, Whole{});
+      add(s.d, s.dd, i + 3 * lanes, Whole{});
     }
-    first += dz;
-    second += dz * d;
-  };
-  int64_t i = 0;
-  for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    add(s.a, s.aa, i, Whole{});
-    add(s.b, s.bb, i + lanes, Whole{});
-    add(s.c, s.cc, i + 2 * lanes, Whole{});
-    add(s.d, s.dd, i + 3 * lanes, Whole{});
+    if (i + lanes <= n) add(s.a, s.aa, i, Whole{}), i += lanes;
+    if (i + lanes <= n) add(s.b, s.bb, i, Whole{}), i += lanes;
+    if (i + lanes <= n) add(s.c, s.cc, i, Whole{}), i += lanes;
+    if (i < n) add(s.d, s.dd, i, Part{n - i});
   }
-  for (; i + lanes <= n; i += lanes) add(s.a, s.aa, i, Whole{});
-  if (i < n) add(s.d, s.dd, i, Part{n - i});
   sums = s;
 }
 
-// dx = dz * scale + (x - mean) * by_x + constant, the last two where the mask counts; dresidual = dz. `ahead` (values): how
-// far on the values lie that are read next, or 0; likewise `fetch_dx` and `fetch_dr` what is written next.
+// dx = dz * scale + (x - mean) * by_x + constant, the last two where the mask counts; dresidual = dz. For `rows` runs of n
+// values; `ahead` and `fetches` as in apply_rows. The mask's rows are n bytes apart, or it is null.
 template <class T, Kind K>
-inline void gradient_run(T* dx, T* dresidual, const T* dy, const T* x, const T* residual, const uint8_t* mask,
-                         int64_t n, const Coefficients<Arithmetic<T>>& of, Activation which, bool is_estimated,
-                         bool stream, int64_t ahead, int64_t fetch_dx, int64_t fetch_dr) {
+inline void gradient_rows(Matrix<T> dx, Matrix<T> dresidual, Matrix<const T> dy, Matrix<const T> x,
+                          Matrix<const T> residual, Matrix<const uint8_t> mask, int64_t rows, int64_t n,
+                          const Coefficients<Arithmetic<T>>& of, Activation which, bool is_estimated, bool stream,
+                          int64_t ahead, bool fetches) {
   using A = Arithmetic<T>;
   using V = Vector<A>;
   const V mean = broadcast(of.mean), scale = broadcast(of.scale), shift = broadcast(of.shift);
   const V by_x = broadcast(of.by_x), constant = broadcast(of.constant);
-  auto run = [&](auto reads_residual, auto estimated, auto masked, auto fetches) {
-    over_run(dx ? dx : dresidual, n, stream, [&](int64_t i, auto how) {
-      if (ahead) {
-        prefetch(dy + ahead + i);
-        prefetch(x + ahead + i);
-      }
-      if constexpr (fetches.value) {
-        if (fetch_dx) prefetch(dx + fetch_dx + i);
-        if (fetch_dr) prefetch(dresidual + fetch_dr + i);
-      }
-      V dz = take(dy + i, how), d{};
-      if constexpr (K != Kind::none || estimated.value) d = take(x + i, how) - mean;
-      if constexpr (K != Kind::none) {
-        V z = d * scale + shift;
-        if constexpr (reads_residual.value) z += take(residual + i, how);
-        dz = before_activation<K>(dz, z, which);
-      }
-      if (dresidual) put(dresidual + i, dz, how);
-      if (!dx) return;
-      V g = dz * scale;
-      if constexpr (estimated.value) {
-        V answer = d * by_x + constant;
-        if constexpr (masked.value) {
-          const int64_t left = n - i < kLanes<A> ? n - i : kLanes<A>;
-          answer = lanes_of<A>(mask + i, left) ? answer : V{};
+  auto run = [&](auto reads_residual, auto estimated, auto masked, auto fetching) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T *pdy = dy.row(r), *px = x.row(r), *pr = residual.row(r);
+      const uint8_t* counting = mask.row(r);
+      T *pdx = dx.row(r), *pdr = dresidual.row(r);
+      const bool is_last = r + 1 == rows;
+      over_run(pdx ? pdx : pdr, n, stream, [&](int64_t i, auto how) {
+        if (ahead) {
+          prefetch(pdy + ahead + i);
+          prefetch(px + ahead + i);
         }
-        g += answer;
-      }
-      put(dx + i, g, how);
-    });
+        if constexpr (fetching.value) {
+          if (pdx) prefetch(pdx + (is_last ? 0 : dx.pitch) + i);
+          if (pdr) prefetch(pdr + (is_last ? 0 : dresidual.pitch) + i);
+        }
+        V dz = take(pdy + i, how), d{};
+        if constexpr (K != Kind::none || estimated.value) d = take(px + i, how) - mean;
+        if constexpr (K != Kind::none) {
+          V z = d * scale + shift;
+          if constexpr (reads_residual.value) z += take(pr + i, how);
+          dz = before_activation<K>(dz, z, which);
+        }
+        if (pdr) put(pdr + i, dz, how);
+        if (!pdx) return;
+        V g = dz * scale;
+        if constexpr (estimated.value) {
+          V answer = d * by_x + constant;
+          if constexpr (masked.value) {
+            const int64_t left = n - i < kLanes<A> ? n - i : kLanes<A>;
+            answer = lanes_of<A>(counting + i, left) ? answer : V{};
+          }
+          g += answer;
+        }
+        put(pdx + i, g, how);
+      });
+    }
   };
-  const bool reads = residual && K != Kind::none;
+  const bool reads = residual.data && K != Kind::none;
   if (!is_estimated) reads ? run(Yes{}, No{}, No{}, No{}) : run(No{}, No{}, No{}, No{});
-  else if (mask) reads ? run(Yes{}, Yes{}, Yes{}, No{}) : run(No{}, Yes{}, Yes{}, No{});
-  else if (fetch_dx || fetch_dr) reads ? run(Yes{}, Yes{}, No{}, Yes{}) : run(No{}, Yes{}, No{}, Yes{});
+  else if (mask.data) reads ? run(Yes{}, Yes{}, Yes{}, No{}) : run(No{}, Yes{}, Yes{}, No{});
+  else if (fetches) reads ? run(Yes{}, Yes{}, No{}, Yes{}) : run(No{}, Yes{}, No{}, Yes{});
   else reads ? run(Yes{}, Yes{}, No{}, No{}) : run(No{}, Yes{}, No{}, No{});
 }
 
