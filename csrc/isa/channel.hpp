@@ -61,8 +61,8 @@ class Cutter {
   char* at_;
 };
 
-// Of neighbouring channels what their coefficients are made of, in loops that are vector code: four square roots and divisions a channel, one after
-// the other, took half of the backward pass of 64x256.
+// Of neighbouring channels what their coefficients are made of, in loops that are vector code: four square roots and
+// divisions a channel, one after the other, took half of the backward pass of 64x256.
 struct ChannelValues {
   double *weight = nullptr, *bias = nullptr, *inverse_std = nullptr;
 

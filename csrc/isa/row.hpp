@@ -223,7 +223,7 @@ inline void add_gradients(Sums<Arithmetic<T>>& sums, Matrix<const T> dy, Matrix<
 }
 
 // dx = dz * scale + (x - mean) * by_x + constant, the last two where the mask counts; dresidual = dz. For `rows` runs of n
-// values; `ahead` and `fetches` as in apply_rows. The mask's rows are n bytes apart, or it is null.
+// values; `ahead` and `fetches` as in apply_rows.
 template <class T, Kind K>
 inline void gradient_rows(Matrix<T> dx, Matrix<T> dresidual, Matrix<const T> dy, Matrix<const T> x,
                           Matrix<const T> residual, Matrix<const uint8_t> mask, int64_t rows, int64_t n,
