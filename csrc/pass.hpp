@@ -27,8 +27,9 @@ struct Pass {
   void write(nanobind::handle mean, nanobind::handle var);
 };
 
-// All three return None, with nothing done, unless all is ordinary: plain float tensors x (N, C, ...) in the CPU's memory
-// with a layout that the core knows, an output that is contiguous or channels-last, operands of fitting shapes and dtypes.
+// All of these return None, with nothing done, unless all is ordinary: plain float tensors x (N, C, ...) in the CPU's memory,
+// an output that is contiguous or channels-last, operands of fitting shapes and dtypes. An x or dy in a layout that the core
+// does not know is copied; a residual is not.
 
 // Training: (y, Pass); y from x with its own statistics, which also enter the running ones. More than one value a
 // channel; `features` channels, or any number with -1. mean, var: (C,), float32 or float64, written, or None.

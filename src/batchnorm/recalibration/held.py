@@ -70,8 +70,9 @@ class Held:
 class _Modes(NamedTuple):
     """What torch keeps for each thread."""
 
+    records_gradients: bool
     signs: tuple[object, ...]
-    """Whether gradients are recorded; then signs of autocast, inference mode, transforms, overrides and streams."""
+    """Of autocast, inference mode, transforms, overrides and streams."""
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
 
     @staticmethod
@@ -84,16 +85,16 @@ class _Modes(NamedTuple):
         keys = _C._dispatch_tls_local_include_set().raw_repr(), _C._dispatch_tls_local_exclude_set().raw_repr()
         stacks = _C._len_torch_function_stack(), _C._len_torch_dispatch_stack()
         stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        signs = torch.is_grad_enabled(), keys, stacks, stream
-        if last is not None and signs == last.signs and not any(is_enabled for _, is_enabled, _ in last.autocast):
+        found = torch.is_grad_enabled(), (keys, stacks, stream)
+        if last is not None and found == last[:2] and not any(is_enabled for _, is_enabled, _ in last.autocast):
             return last
         kinds = _kinds()
         autocast = tuple([(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds])
-        return _Modes(signs, autocast)
+        return _Modes(*found, autocast)
 
     def set(self) -> None:
         """Switches to these; the others are left as they are."""
-        _C._set_grad_enabled(bool(self.signs[0]))
+        _C._set_grad_enabled(self.records_gradients)
         for kind, is_enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, is_enabled)
             torch.set_autocast_dtype(kind, dtype)
